@@ -1,0 +1,30 @@
+"""The errors of the service, one small tree.
+
+What each means for a task stands in :mod:`positions.tasks.policy`; what it means for HTTP, in
+:mod:`positions.web.problems`.
+"""
+
+
+class PositionsError(Exception):
+    """Base of every error the service raises on purpose."""
+
+
+class InvalidEvent(PositionsError):
+    """A message that can never be applied as it is: it goes to quarantine with this reason."""
+
+    def __init__(self, reason: str, field: str | None = None) -> None:
+        super().__init__(f"{field}: {reason}" if field else reason)
+        self.reason = reason
+        self.field = field
+
+
+class NotFound(PositionsError):
+    """What was asked for does not exist."""
+
+
+class ConcurrencyConflict(PositionsError):
+    """Another writer changed the position first: the caller's version is no longer the stored one."""
+
+
+class Unavailable(PositionsError):
+    """Database, broker or cache cannot be reached now; the same call may succeed later."""

@@ -1,0 +1,236 @@
+"""Every setting of the service: environment variables, read and validated once at start.
+
+Only the roots (``celery_app``, the web factory, the command line) call :func:`load`; everything
+below them is handed the values it needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from decimal import Decimal
+from functools import cached_property
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+PREFIX = "POSITION_MANAGER_"
+
+
+class SettingsError(ValueError):
+    """A setting is missing or wrong; the message names the variable."""
+
+
+def _env(name: str, *others: str) -> Any:
+    return AliasChoices(PREFIX + name, *others)
+
+
+class Settings(BaseModel):
+    """The validated settings. Durations are in the unit that ends their name; seconds otherwise."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    # --- the service itself
+    service_name: str = Field("position-manager", validation_alias=_env("SERVICE_NAME"), max_length=60)
+    host: str = Field(
+        "0.0.0.0", validation_alias=_env("HOST"), description="Address the REST API listens on."
+    )
+    port: int = Field(4800, validation_alias=_env("PORT"), ge=1, le=65535)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", validation_alias=_env("LOG_LEVEL")
+    )
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto",
+        validation_alias=_env("LOG_FORMAT"),
+        description="`auto`: readable on a terminal, JSON everywhere else.",
+    )
+    api_key: SecretStr | None = Field(
+        None,
+        validation_alias=_env("API_KEY"),
+        description="The one key of the older service; role `operate`.",
+    )
+
+    # --- where the three servers are
+    database_url: SecretStr | None = Field(None, validation_alias=_env("DATABASE_URL"))
+    postgres_host: str | None = Field(None, validation_alias="POSTGRES_HOST")
+    postgres_port: int = Field(5432, validation_alias="POSTGRES_PORT", ge=1, le=65535)
+    postgres_db: str = Field("positions", validation_alias="POSTGRES_DB")
+    postgres_user: str = Field("postgres", validation_alias="POSTGRES_USER")
+    postgres_password: SecretStr | None = Field(None, validation_alias="POSTGRES_PASSWORD")
+    broker_url: SecretStr | None = Field(None, validation_alias=_env("BROKER_URL"))
+    rabbitmq_host: str | None = Field(None, validation_alias="RABBITMQ_HOST")
+    rabbitmq_port: int = Field(5672, validation_alias="RABBITMQ_PORT", ge=1, le=65535)
+    rabbitmq_user: str = Field("guest", validation_alias="RABBITMQ_USER")
+    rabbitmq_password: SecretStr = Field(SecretStr("guest"), validation_alias="RABBITMQ_PASSWORD")
+    rabbitmq_vhost: str = Field("/", validation_alias="RABBITMQ_VHOST")
+    redis_url: SecretStr | None = Field(None, validation_alias=_env("REDIS_URL"))
+    redis_host: str | None = Field(None, validation_alias="REDIS_HOST")
+    redis_port: int = Field(6379, validation_alias="REDIS_PORT", ge=1, le=65535)
+    redis_password: SecretStr | None = Field(None, validation_alias="REDIS_PASSWORD")
+
+    # --- intake
+    position_queue: str = Field(
+        "ws-gateway.position", validation_alias=_env("POSITION_QUEUE"), min_length=1, max_length=255
+    )
+    order_queues: Annotated[tuple[str, ...], Field(min_length=1, max_length=20)] = Field(
+        ("order-manager.order_executed", "order-manager.order_events"),
+        validation_alias=_env("ORDER_QUEUES"),
+        description="Comma-separated names of the queues that carry executions and order reports.",
+    )
+    batch_size: int = Field(
+        200, validation_alias=_env("BATCH_SIZE"), ge=1, le=2000, description="Events in one transaction."
+    )
+    batch_wait_ms: int = Field(
+        20,
+        validation_alias=_env("BATCH_WAIT_MS"),
+        ge=1,
+        le=5000,
+        description="Longest time an event waits for its batch to fill.",
+    )
+    message_max_bytes: int = Field(
+        262_144,
+        validation_alias=_env("MESSAGE_MAX_BYTES"),
+        ge=1024,
+        description="A longer message is quarantined undecoded.",
+    )
+
+    # --- who wins when sources disagree (docs: domain rules)
+    use_ws_avg_price: bool = Field(True, validation_alias=_env("USE_WS_AVG_PRICE"))
+    avg_price_diff_threshold: Decimal = Field(
+        Decimal("0.001"),
+        validation_alias=_env("AVG_PRICE_DIFF_THRESHOLD"),
+        ge=0,
+        description="Relative to the folded average.",
+    )
+    size_validation_threshold: Decimal = Field(
+        Decimal("0.0001"), validation_alias=_env("SIZE_VALIDATION_THRESHOLD"), ge=0
+    )
+    enable_timestamp_resolution: bool = Field(
+        True, validation_alias=_env("ENABLE_TIMESTAMP_RESOLUTION")
+    )
+    timestamp_tolerance_seconds: Decimal = Field(
+        Decimal(0), validation_alias=_env("TIMESTAMP_TOLERANCE_SECONDS"), ge=0
+    )
+    price_staleness_threshold: int = Field(
+        300, validation_alias=_env("PRICE_STALENESS_THRESHOLD"), ge=1, description="Seconds."
+    )
+
+    # --- locking
+    optimistic_lock_retries: int = Field(
+        3, validation_alias=_env("OPTIMISTIC_LOCK_RETRIES"), ge=0, le=10
+    )
+    optimistic_lock_backoff_base: int = Field(
+        100,
+        validation_alias=_env("OPTIMISTIC_LOCK_BACKOFF_BASE"),
+        ge=1,
+        le=10_000,
+        description="Milliseconds before the first retry; doubled for each that follows.",
+    )
+
+    # --- portfolio
+    portfolio_max_exposure_usdt: Decimal | None = Field(
+        None, validation_alias=_env("PORTFOLIO_MAX_EXPOSURE_USDT"), ge=0
+    )
+    portfolio_update_interval: Decimal = Field(
+        Decimal(1), validation_alias=_env("PORTFOLIO_UPDATE_INTERVAL"), gt=0
+    )
+
+    # --- serving
+    web_workers: int = Field(
+        2, validation_alias=_env("WEB_WORKERS"), ge=1, le=64, description="gunicorn processes."
+    )
+    web_threads: int = Field(
+        4, validation_alias=_env("WEB_THREADS"), ge=1, le=64, description="Threads of each."
+    )
+    worker_concurrency: int = Field(
+        2, validation_alias=_env("WORKER_CONCURRENCY"), ge=1, le=64, description="Pool size of a worker."
+    )
+    simulator: Literal["auto", "on", "off"] = Field(
+        "auto",
+        validation_alias=_env("SIMULATOR"),
+        description="`auto`: the simulator runs on the embedded default only.",
+    )
+    data_dir: str | None = Field(
+        None,
+        validation_alias=_env("DATA_DIR"),
+        description="Where the embedded default keeps its data.",
+    )
+
+    @cached_property
+    def database(self) -> str:
+        """SQLAlchemy URL of PostgreSQL, with the password in clear: never log it."""
+        if self.database_url:
+            url = self.database_url.get_secret_value()
+            scheme, _, rest = url.partition("://")
+            return "postgresql+psycopg2://" + rest if scheme in ("postgres", "postgresql") else url
+        password = f":{quote(self.postgres_password.get_secret_value(), '')}" if self.postgres_password else ""
+        host = self.postgres_host or "127.0.0.1"
+        return (
+            f"postgresql+psycopg2://{quote(self.postgres_user, '')}{password}"
+            f"@{host}:{self.postgres_port}/{quote(self.postgres_db, '')}"
+        )
+
+    @cached_property
+    def broker(self) -> str:
+        """kombu URL of the broker, with the password in clear: never log it."""
+        if self.broker_url:
+            return self.broker_url.get_secret_value()
+        return (
+            f"amqp://{quote(self.rabbitmq_user, '')}:{quote(self.rabbitmq_password.get_secret_value(), '')}"
+            f"@{self.rabbitmq_host or '127.0.0.1'}:{self.rabbitmq_port}/{quote(self.rabbitmq_vhost, '')}"
+        )
+
+    @cached_property
+    def redis(self) -> str:
+        """URL of Redis, with the password in clear: never log it."""
+        if self.redis_url:
+            return self.redis_url.get_secret_value()
+        password = f":{quote(self.redis_password.get_secret_value(), '')}@" if self.redis_password else ""
+        return f"redis://{password}{self.redis_host or '127.0.0.1'}:{self.redis_port}/0"
+
+    @property
+    def queues(self) -> tuple[str, ...]:
+        """The foreign queues the intake consumes."""
+        return (self.position_queue, *self.order_queues)
+
+
+def variables() -> dict[str, str]:
+    """Return ``{environment variable: field name}`` of every setting, in the order of the class."""
+    names: dict[str, str] = {}
+    for field, info in Settings.model_fields.items():
+        alias = info.validation_alias
+        for name in alias.choices if isinstance(alias, AliasChoices) else (alias,):
+            names[str(name)] = field
+    return names
+
+
+def unknown(environ: Mapping[str, str]) -> dict[str, str | None]:
+    """Return the ``POSITION_MANAGER_*`` variables no setting reads, each with the nearest known name."""
+    known = variables()
+    return {
+        name: next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
+        for name in environ
+        if name.startswith(PREFIX) and name not in known
+    }
+
+
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings from ``environ`` (default: the process's).
+
+    An empty variable counts as unset, as it does in a compose file.
+
+    Raises:
+        SettingsError: names each variable that is wrong, without its value.
+    """
+    environ = os.environ if environ is None else environ
+    given: dict[str, Any] = {name: value for name in variables() if (value := environ.get(name, "").strip())}
+    queues = PREFIX + "ORDER_QUEUES"
+    if queues in given:
+        given[queues] = tuple(q.strip() for q in given[queues].split(",") if q.strip())
+    try:
+        return Settings.model_validate(given)
+    except ValidationError as error:
+        lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise SettingsError("; ".join(lines)) from None

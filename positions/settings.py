@@ -107,9 +107,7 @@ class Settings(BaseModel):
     size_validation_threshold: Decimal = Field(
         Decimal("0.0001"), validation_alias=_env("SIZE_VALIDATION_THRESHOLD"), ge=0
     )
-    enable_timestamp_resolution: bool = Field(
-        True, validation_alias=_env("ENABLE_TIMESTAMP_RESOLUTION")
-    )
+    enable_timestamp_resolution: bool = Field(True, validation_alias=_env("ENABLE_TIMESTAMP_RESOLUTION"))
     timestamp_tolerance_seconds: Decimal = Field(
         Decimal(0), validation_alias=_env("TIMESTAMP_TOLERANCE_SECONDS"), ge=0
     )
@@ -118,9 +116,7 @@ class Settings(BaseModel):
     )
 
     # --- locking
-    optimistic_lock_retries: int = Field(
-        3, validation_alias=_env("OPTIMISTIC_LOCK_RETRIES"), ge=0, le=10
-    )
+    optimistic_lock_retries: int = Field(3, validation_alias=_env("OPTIMISTIC_LOCK_RETRIES"), ge=0, le=10)
     optimistic_lock_backoff_base: int = Field(
         100,
         validation_alias=_env("OPTIMISTIC_LOCK_BACKOFF_BASE"),
@@ -165,7 +161,9 @@ class Settings(BaseModel):
             url = self.database_url.get_secret_value()
             scheme, _, rest = url.partition("://")
             return "postgresql+psycopg2://" + rest if scheme in ("postgres", "postgresql") else url
-        password = f":{quote(self.postgres_password.get_secret_value(), '')}" if self.postgres_password else ""
+        password = (
+            f":{quote(self.postgres_password.get_secret_value(), '')}" if self.postgres_password else ""
+        )
         host = self.postgres_host or "127.0.0.1"
         return (
             f"postgresql+psycopg2://{quote(self.postgres_user, '')}{password}"

@@ -1,0 +1,82 @@
+"""Exact decimal arithmetic: one context for sums and products, one place that rounds.
+
+Money, sizes and prices are :class:`~decimal.Decimal`, never ``float``. What comes from the wire has at
+most 20 integer digits and 18 decimals; a product of two such numbers has at most 36 decimals, which is
+the scale the fold keeps (`FOLD_SCALE`). Nothing is rounded on the way but the quotients of a reduction,
+and a figure is rounded half-even to 18 decimals (`SCALE`) once, when it leaves the fold.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import (
+    ROUND_HALF_EVEN,
+    Context,
+    Decimal,
+    DivisionByZero,
+    Inexact,
+    InvalidOperation,
+    Overflow,
+    localcontext,
+)
+
+ZERO = Decimal(0)
+INTEGER_DIGITS = 20
+SCALE = 18
+FOLD_SCALE = 36
+
+_UNIT = Decimal(1).scaleb(-SCALE)
+_FOLD_UNIT = Decimal(1).scaleb(-FOLD_SCALE)
+# A cost has 20 + 20 integer digits, 36 decimals, and some more for the sum of many; times a quantity it
+# has 38 more: 160 leaves room. Inexact is trapped, so a sum or product that would round is an error.
+_EXACT = Context(
+    prec=160, rounding=ROUND_HALF_EVEN, traps=[Inexact, InvalidOperation, DivisionByZero, Overflow]
+)
+_ROUNDING = Context(prec=320, rounding=ROUND_HALF_EVEN, traps=[InvalidOperation, DivisionByZero, Overflow])
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Make sums and products in this block exact: what would round raises :class:`decimal.Inexact`."""
+    with localcontext(_EXACT):
+        yield
+
+
+def proportion(amount: Decimal, part: Decimal, whole: Decimal) -> Decimal:
+    """Return ``amount * part / whole``, rounded half-even to `FOLD_SCALE` decimals."""
+    return _ROUNDING.divide(_ROUNDING.multiply(amount, part), whole).quantize(_FOLD_UNIT, context=_ROUNDING)
+
+
+def quotient(amount: Decimal, by: Decimal) -> Decimal:
+    """Return ``amount / by``, rounded half-even to `SCALE` decimals."""
+    return _ROUNDING.divide(amount, by).quantize(_UNIT, context=_ROUNDING)
+
+
+def rounded(amount: Decimal) -> Decimal:
+    """Return ``amount`` rounded half-even to `SCALE` decimals: the form every figure is stored in."""
+    return amount.quantize(_UNIT, context=_ROUNDING)
+
+
+def fits(number: Decimal) -> bool:
+    """Tell whether ``number`` is finite, below 1e20 and has no digit after the 18th decimal."""
+    if not number.is_finite():
+        return False
+    if not number:
+        return True
+    if number.adjusted() >= INTEGER_DIGITS:
+        return False
+    exponent = number.as_tuple().exponent
+    if not isinstance(exponent, int) or exponent >= -SCALE:
+        return True
+    # More decimals than we keep are fine where they are zeros. The exponent was bounded from above
+    # only, so compare digits instead of building 10 ** exponent.
+    digits = number.as_tuple().digits
+    excess = -exponent - SCALE
+    return excess < len(digits) and not any(digits[-excess:])
+
+
+def plain(number: Decimal) -> str:
+    """Return ``number`` as digits without exponent or padding zeros (``"0.5"``, never ``"5E-1"``)."""
+    text = format(number, "f")
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text

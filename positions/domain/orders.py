@@ -1,0 +1,75 @@
+"""From ledger entries to fills: what the cumulative reports of an order imply.
+
+Every function here must run inside :func:`positions.domain.numbers.exact`.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from positions.domain.events import Entry, Kind, LegName
+from positions.domain.leg import Fill, FillOrder
+from positions.domain.numbers import ZERO
+
+
+def order_of(entry: Entry) -> FillOrder:
+    """Return where ``entry`` stands among the fills of its position."""
+    return FillOrder(entry.executed_at, -1 if entry.venue_seq is None else entry.venue_seq, entry.key)
+
+
+def fills_of(entries: Iterable[Entry]) -> list[Fill]:
+    """Return the fills that ``entries`` of one position stand for, in fill order.
+
+    ``entries`` must hold all entries of an order if they hold one of its reports. An order's executions
+    fill its cumulative quantity from below; what its reports, sorted by cumulative quantity, tell beyond
+    them is implied: quantity, notional and fee each as the difference to the report before. Nothing
+    depends on the order in which entries arrived.
+    """
+    fills: list[Fill] = []
+    reports: defaultdict[tuple[str | None, LegName], list[Entry]] = defaultdict(list)
+    executions: defaultdict[tuple[str | None, LegName], list[Fill]] = defaultdict(list)
+    for entry in entries:
+        if entry.kind is Kind.ORDER_REPORT:
+            reports[entry.order_id, entry.leg].append(entry)
+        elif entry.kind is not Kind.ADJUSTMENT:
+            fill = _direct(entry)
+            fills.append(fill)
+            if entry.order_id is not None and fill.quantity:
+                executions[entry.order_id, entry.leg].append(fill)
+    for order, of_order in reports.items():
+        fills.extend(_implied(of_order, executions[order]))
+    fills.sort(key=lambda fill: fill.order)
+    return fills
+
+
+def _direct(entry: Entry) -> Fill:
+    """Return the fill a trade or a funding payment is."""
+    funding = entry.kind is Kind.FUNDING
+    return Fill(
+        order=order_of(entry),
+        leg=entry.leg,
+        quantity=ZERO if funding else entry.quantity,
+        notional=ZERO if funding else abs(entry.quantity) * entry.price,
+        fee=ZERO if funding else entry.fee,
+        funding=-entry.fee if funding else ZERO,
+    )
+
+
+def _implied(reports: list[Entry], executions: list[Fill]) -> Iterable[Fill]:
+    """Yield the fills that the reports of one order imply beyond its known executions."""
+    quantity = sum((abs(fill.quantity) for fill in executions), ZERO)
+    notional = sum((fill.notional for fill in executions), ZERO)
+    fee = sum((fill.fee for fill in executions), ZERO)
+    for report in sorted(reports, key=lambda entry: (abs(entry.quantity), entry.key)):
+        cumulative = abs(report.quantity)
+        if cumulative <= quantity:
+            continue
+        total = cumulative * report.price
+        yield Fill(
+            order=order_of(report),
+            leg=report.leg,
+            quantity=(cumulative - quantity).copy_sign(report.quantity),
+            notional=total - notional,
+            fee=report.fee - fee,
+            funding=ZERO,
+        )
+        quantity, notional, fee = cumulative, total, report.fee

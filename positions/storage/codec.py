@@ -1,0 +1,133 @@
+"""The fold's state as JSON: every digit kept, empty parts left out."""
+
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from positions.domain.events import LegName, PositionKey, Report, TimeSource
+from positions.domain.leg import FillOrder, Leg
+from positions.domain.numbers import ZERO, plain
+from positions.domain.position import Held, Mark, State, Takeover, empty
+
+_LEG_AMOUNTS = ("size", "cost", "gross", "fees", "funding", "missing")
+_LEG_TIMES = ("opened_at", "closed_at", "traded_at", "touched_at")
+_REPORT_AMOUNTS = ("size", "average", "unrealized", "realized", "mark")
+
+
+def encode(state: State) -> dict[str, Any]:
+    """Return ``state`` as JSON-ready data."""
+    data: dict[str, Any] = {"ledger": {name: _leg(leg) for name, leg in state.ledger.items()}}
+    # Where no report overrules the fills, what is held is the ledger's fold: not written twice.
+    held = {
+        name: _held(each)
+        for name, each in state.held.items()
+        if each.leg is not state.ledger[name] or each.venue_realized or each.basis != (None, None, None)
+    }
+    if held:
+        data["held"] = held
+    if state.reports:
+        data["reports"] = [_report(report) for report in state.reports]
+    if state.last:
+        data["last"] = [_time(state.last.at), state.last.seq, state.last.key]
+    if state.api_mark:
+        mark = state.api_mark
+        data["api_mark"] = [plain(mark.price), _time(mark.at), mark.source]
+    return data
+
+
+def decode(key: PositionKey, data: dict[str, Any] | None) -> State:
+    """Return the state that `encode` wrote; an empty one for None."""
+    blank = empty(key)
+    if data is None:
+        return blank
+    ledger = {name: _to_leg(data["ledger"].get(name, {})) for name in blank.ledger}
+    held = {
+        name: _to_held(data["held"][name]) if name in data.get("held", {}) else Held(leg)
+        for name, leg in ledger.items()
+    }
+    last, mark = data.get("last"), data.get("api_mark")
+    return State(
+        key=key,
+        ledger=ledger,
+        held=held,
+        reports=tuple(_to_report(key, report) for report in data.get("reports", ())),
+        last=FillOrder(_to_time(last[0]), last[1], last[2]) if last else None,
+        api_mark=Mark(price=Decimal(mark[0]), at=_to_time(mark[1]), source=mark[2]) if mark else None,
+    )
+
+
+def _time(at: datetime) -> str:
+    return at.astimezone(UTC).isoformat()
+
+
+def _to_time(text: str) -> datetime:
+    return datetime.fromisoformat(text)
+
+
+def _leg(leg: Leg) -> dict[str, str]:
+    data = {name: plain(amount) for name in _LEG_AMOUNTS if (amount := getattr(leg, name))}
+    data.update((name, _time(at)) for name in _LEG_TIMES if (at := getattr(leg, name)))
+    return data
+
+
+def _to_leg(data: dict[str, str]) -> Leg:
+    amounts = {name: Decimal(data[name]) for name in _LEG_AMOUNTS if name in data}
+    times = {name: _to_time(data[name]) for name in _LEG_TIMES if name in data}
+    return Leg(**amounts, **times)
+
+
+def _held(held: Held) -> dict[str, Any]:
+    data: dict[str, Any] = {"leg": _leg(held.leg), "basis": held.basis}
+    if held.venue_realized:
+        data["venue_realized"] = plain(held.venue_realized)
+    if held.disputed:
+        data["disputed"] = held.disputed
+    if taken := held.takeover:
+        average = None if taken.average is None else plain(taken.average)
+        data["takeover"] = [taken.report_id, _time(taken.at), plain(taken.size), average, plain(taken.found)]
+    return data
+
+
+def _to_held(data: dict[str, Any]) -> Held:
+    taken = data.get("takeover")
+    return Held(
+        leg=_to_leg(data["leg"]),
+        venue_realized=Decimal(data["venue_realized"]) if "venue_realized" in data else ZERO,
+        takeover=taken
+        and Takeover(
+            taken[0],
+            _to_time(taken[1]),
+            Decimal(taken[2]),
+            None if taken[3] is None else Decimal(taken[3]),
+            Decimal(taken[4]),
+        ),
+        disputed=data.get("disputed"),
+        basis=tuple(data["basis"]),
+    )
+
+
+def _report(report: Report) -> dict[str, Any]:
+    data: dict[str, Any] = {"id": report.id, "leg": report.leg, "at": _time(report.at)}
+    if report.time_source is not TimeSource.EVENT:
+        data["time_source"] = report.time_source
+    if report.seq is not None:
+        data["seq"] = report.seq
+    data.update(
+        (name, plain(amount))
+        for name in _REPORT_AMOUNTS
+        if (amount := getattr(report, name)) is not None
+    )
+    return data
+
+
+def _to_report(key: PositionKey, data: dict[str, Any]) -> Report:
+    amounts = {name: Decimal(data[name]) for name in _REPORT_AMOUNTS if name in data}
+    return Report(
+        id=data["id"],
+        position=key,
+        leg=LegName(data["leg"]),
+        at=_to_time(data["at"]),
+        time_source=TimeSource(data.get("time_source", TimeSource.EVENT)),
+        seq=data.get("seq"),
+        **amounts,
+    )

@@ -1,0 +1,114 @@
+"""Connections to PostgreSQL, and the transaction: one unit of work, retried as a whole where that is right."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from positions.errors import ConcurrencyConflict, Unavailable
+
+log = structlog.get_logger(__name__)
+Result = TypeVar("Result")
+
+# Every wait has an end. The statement timeout is below the tasks' soft limit, so that a slow statement is
+# an error of its own and not a killed child.
+_SESSION = {
+    "timezone": "UTC",
+    "statement_timeout": "15s",
+    "lock_timeout": "10s",
+    "idle_in_transaction_session_timeout": "30s",
+}
+
+
+def connect(url: str, *, pool_size: int = 5, application: str = "positions") -> Engine:
+    """Return an engine for the database at ``url``; nothing is opened before the first use."""
+    return create_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=5,
+        pool_pre_ping=True,
+        pool_recycle=1800,
+        connect_args={
+            "connect_timeout": 5,
+            "options": " ".join(f"-c {name}={value}" for name, value in _SESSION.items()),
+            "application_name": application,
+            "keepalives_idle": 30,
+            "keepalives_interval": 10,
+            "keepalives_count": 3,
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retry:
+    """How often a lost transaction is tried again, and after which waits."""
+
+    retries: int = 3
+    base_ms: int = 100
+
+    def wait_ms(self, attempt: int) -> float:
+        """Return the wait before retry ``attempt`` (from 1): base, 2 x base, 4 x base, each with jitter.
+
+        The jitter adds at most a tenth, so that writers who collided do not meet again.
+        """
+        return self.base_ms * 2 ** (attempt - 1) * random.uniform(1.0, 1.1)  # noqa: S311 - not a secret
+
+
+@contextmanager
+def transaction(engine: Engine) -> Iterator[Connection]:
+    """Run the block in one transaction: committed when it ends, rolled back when it raises.
+
+    Raises:
+        Unavailable: the database cannot be reached, or gave up the transaction (deadlock, timeout,
+            shutdown). Nothing is known to be committed, and all of it may be tried again.
+    """
+    try:
+        with engine.begin() as connection:
+            yield connection
+    except (OperationalError, InterfaceError, PoolTimeoutError) as error:
+        raise Unavailable(_reason(error)) from error
+
+
+def in_transaction(
+    engine: Engine,
+    work: Callable[[Connection], Result],
+    *,
+    retry: Retry,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Result:
+    """Return ``work(connection)``, committed; a lost race or a lost connection starts it anew.
+
+    Raises:
+        ConcurrencyConflict: the position kept changing under every try.
+        Unavailable: as :func:`transaction`, after every try.
+    """
+    attempt = 0
+    while True:
+        try:
+            with transaction(engine) as connection:
+                return work(connection)
+        except (ConcurrencyConflict, Unavailable) as error:
+            attempt += 1
+            event = "version_conflict" if isinstance(error, ConcurrencyConflict) else "transaction_lost"
+            if attempt > retry.retries:
+                log.warning(event, attempt=attempt, outcome="gave_up", reason=str(error))
+                raise
+            wait_ms = retry.wait_ms(attempt)
+            log.warning(event, attempt=attempt, outcome="retry", wait_ms=round(wait_ms), reason=str(error))
+            sleep(wait_ms / 1000)
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong in one line, without the statement or its parameters."""
+    origin = getattr(error, "orig", None) or error
+    code = getattr(origin, "pgcode", None)
+    lines = str(origin).strip().splitlines()
+    return f"{type(origin).__name__}{f' {code}' if code else ''}: {lines[0] if lines else ''}"

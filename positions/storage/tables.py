@@ -1,0 +1,138 @@
+"""The tables, as SQLAlchemy Core: the one place that names columns.
+
+Sizes, prices and money are ``NUMERIC(38, 18)``; times are ``timestamptz``, UTC.
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB, UUID
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+        "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+    }
+)
+
+Amount = Numeric(38, 18)
+Time = DateTime(timezone=True)
+
+positions = Table(
+    "positions",
+    metadata,
+    Column("id", UUID(as_uuid=False), primary_key=True, server_default=func.gen_random_uuid()),
+    Column("asset", String(64), nullable=False),
+    Column("mode", String(16), nullable=False),
+    Column("size", Amount, nullable=False, server_default="0"),
+    Column("average_entry_price", Amount),
+    Column("current_price", Amount),
+    Column("current_price_at", Time),
+    Column("current_price_source", String(16)),
+    Column("unrealized_pnl", Amount, nullable=False, server_default="0"),
+    Column("realized_pnl", Amount, nullable=False, server_default="0"),
+    Column("realized_gross", Amount, nullable=False, server_default="0"),
+    Column("fees_paid", Amount, nullable=False, server_default="0"),
+    Column("funding_received", Amount, nullable=False, server_default="0"),
+    Column("realized_adjustment", Amount, nullable=False, server_default="0"),
+    Column("long_size", Amount, nullable=False, server_default="0"),
+    Column("short_size", Amount, nullable=False, server_default="0"),
+    Column("long_avg_price", Amount),
+    Column("short_avg_price", Amount),
+    Column("version", Integer, nullable=False, server_default="1"),
+    Column("opened_at", Time),
+    Column("closed_at", Time),
+    Column("last_updated", Time, nullable=False, server_default=func.now()),
+    Column("last_snapshot_at", Time),
+    Column("created_at", Time, nullable=False, server_default=func.now()),
+    # What the fold needs to go on from here, exact (positions.storage.codec). NULL: nothing folded yet,
+    # or a row brought over from an older service.
+    Column("state", JSONB),
+    UniqueConstraint("asset", "mode"),
+    CheckConstraint("mode IN ('one-way', 'hedge')", name="mode"),
+)
+
+ledger = Table(
+    "ledger",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("position_id", UUID(as_uuid=False), ForeignKey("positions.id"), nullable=False),
+    # What makes an entry new: the execution's id, or what stands in for it (domain rules, Convergence).
+    Column("key", Text, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("leg", String(8), nullable=False),
+    Column("quantity", Amount, nullable=False),
+    Column("price", Amount, nullable=False),
+    Column("fee", Amount, nullable=False),
+    Column("executed_at", Time, nullable=False),
+    Column("time_source", String(8), nullable=False),
+    Column("venue_seq", BigInteger),
+    Column("order_id", Text),
+    Column("exec_type", String(32), nullable=False),
+    Column("trace_id", Text, nullable=False),
+    Column("recorded_at", Time, nullable=False, server_default=func.now()),
+    UniqueConstraint("key"),
+    Index(None, "position_id", "executed_at"),
+    Index("ledger_order_id_idx", "order_id", postgresql_where=text("order_id IS NOT NULL")),
+)
+
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("message_id", UUID(as_uuid=False), nullable=False, server_default=func.gen_random_uuid()),
+    # Event type and routing key: position_updated, portfolio_updated, position_snapshot_created.
+    Column("event_type", String(64), nullable=False),
+    Column("trace_id", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("created_at", Time, nullable=False, server_default=func.now()),
+)
+
+quarantine = Table(
+    "quarantine",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    # SHA-256 of queue and body: a message that comes again is counted, not stored again.
+    Column("digest", String(64), nullable=False),
+    Column("queue", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("field", Text),
+    Column("trace_id", Text),
+    Column("headers", JSONB, nullable=False, server_default="{}"),
+    Column("properties", JSONB, nullable=False, server_default="{}"),
+    Column("body", LargeBinary, nullable=False),
+    Column("times_seen", Integer, nullable=False, server_default="1"),
+    Column("first_seen_at", Time, nullable=False, server_default=func.now()),
+    Column("last_seen_at", Time, nullable=False, server_default=func.now()),
+    Column("replayed_at", Time),
+    UniqueConstraint("digest"),
+)
+
+# One row: how the portfolio stood when portfolio_updated was last published.
+portfolio_mark = Table(
+    "portfolio_mark",
+    metadata,
+    Column("id", SmallInteger, primary_key=True, server_default="1", autoincrement=False),
+    Column("published_at", Time, nullable=False),
+    CheckConstraint("id = 1", name="single"),
+)

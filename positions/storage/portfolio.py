@@ -1,0 +1,61 @@
+"""The sums over all positions, exact: PostgreSQL adds and multiplies `numeric` without rounding."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlalchemy import Connection, RowMapping, and_, case, func, literal, or_, select
+
+from positions.storage.tables import Amount, positions
+
+_NOTHING = literal(0, Amount)
+_gross_size = positions.c.long_size - positions.c.short_size
+_open = _gross_size != 0
+_priced = positions.c.current_price.is_not(None)
+# A flat position is worth 0 at whatever price; an open one without a price is left out of a sum (NULL).
+_exposure = case((_open, _gross_size * positions.c.current_price), else_=_NOTHING)
+_net_exposure = case((_open, positions.c.size * positions.c.current_price), else_=_NOTHING)
+
+GROSS_EXPOSURE = select(func.coalesce(func.sum(_exposure), _NOTHING))
+"""Gross exposure of all priced positions in USDT, as one number."""
+
+
+def sums_by_asset(connection: Connection, *, stale_before: datetime) -> Sequence[RowMapping]:
+    """Return the sums of each asset's positions, open and closed, in order of the asset.
+
+    Exposures are None where every position of the asset is open and unpriced.
+
+    Args:
+        connection: only read from.
+        stale_before: an open position with an older price, or one of unknown time, makes its asset stale.
+    """
+    at = positions.c.current_price_at
+    return (
+        connection.execute(
+            select(
+                positions.c.asset,
+                func.sum(_exposure).label("exposure"),
+                func.sum(_net_exposure).label("net_exposure"),
+                *(
+                    func.sum(positions.c[name]).label(name)
+                    for name in (
+                        "size",
+                        "unrealized_pnl",
+                        "realized_pnl",
+                        "realized_gross",
+                        "fees_paid",
+                        "funding_received",
+                        "realized_adjustment",
+                    )
+                ),
+                func.count().filter(_open).label("open_count"),
+                func.count().filter(positions.c.size > 0).label("long_count"),
+                func.count().filter(positions.c.size < 0).label("short_count"),
+                func.bool_or(and_(_open, ~_priced)).label("unpriced"),
+                func.bool_or(and_(_open, _priced, or_(at.is_(None), at < stale_before))).label("stale"),
+            )
+            .group_by(positions.c.asset)
+            .order_by(positions.c.asset)
+        )
+        .mappings()
+        .all()
+    )

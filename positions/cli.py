@@ -1,5 +1,6 @@
 """The `positions` command."""
 
+import os
 import sys
 
 import click
@@ -27,6 +28,18 @@ def relay() -> None:
     from positions.storage.relay import run
 
     run(settings.load())
+
+
+@cli.command()
+def up() -> None:
+    """Run the whole service in the foreground, with its own PostgreSQL and Valkey where none are named."""
+    from positions.embedded.folder import StartError
+    from positions.embedded.up import run
+
+    try:
+        run(settings.load(), os.environ)
+    except StartError as error:
+        raise click.ClickException(str(error)) from None
 
 
 def main() -> None:

@@ -1,0 +1,27 @@
+.PHONY: help run test check lock
+
+help:
+	@echo 'make run     the whole service, with its own PostgreSQL and Valkey unless you name others'
+	@echo 'make test    every test (ARGS="tests/unit -k fold" for some)'
+	@echo 'make check   what a reviewer would run: lint, format, types, import contracts, unit tests'
+	@echo 'make lock    the lock files anew from setup.cfg (ARGS=--upgrade for the newest versions)'
+
+run:
+	@tools/setup.sh
+	@exec .venv/bin/positions up
+
+test:
+	@tools/setup.sh dev
+	.venv/bin/pytest $(ARGS)
+
+check:
+	@tools/setup.sh dev
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/pytest tests/unit
+
+lock:
+	@tools/setup.sh dev
+	@tools/lock.sh $(ARGS)

@@ -1,0 +1,131 @@
+"""One format for everything that is logged: by the application, by Celery and by gunicorn.
+
+An event has a static name, and its identifiers as fields. What belongs to the task or request at work
+(``trace_id``, ``task_id``, ...) is bound once with :mod:`structlog.contextvars` and is on every line of
+it, the libraries' too.
+"""
+
+import logging.config
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from structlog.tracebacks import ExceptionDictTransformer
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from positions.settings import Settings
+
+REDACTED = "[redacted]"
+
+# Their INFO tells of each message, connection or task, which the one line a task has says already.
+_NOISY = ("amqp", "celery.app.trace", "celery.worker.strategy", "kombu", "sqlalchemy", "urllib3", "werkzeug")
+
+_SENSITIVE = r"(?:pass(?:word|wd|phrase)|secret|api[-_]?key|authorization|access[-_]?token|cookie)"
+_SECRET_KEY = re.compile(_SENSITIVE, re.IGNORECASE)
+_SECRET_PAIR = re.compile(
+    rf"({_SENSITIVE}[\"']?\s*[=:]\s*[\"']?(?:(?:basic|bearer)\s+)?)[^\s\"'&,;)}}]+", re.IGNORECASE
+)
+# Up to the last @ before a path: a password may hold one.
+_URL_CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s\"/]*@", re.IGNORECASE)
+
+
+def configure(settings: Settings) -> None:
+    """Set up structlog and the standard library's logging for this process; once more does no harm."""
+    logging.config.dictConfig(dict_config(settings))
+    logging.captureWarnings(capture=True)
+    structlog.configure(
+        processors=[
+            *_context(settings.service_name),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
+        cache_logger_on_first_use=True,
+    )
+
+
+def dict_config(settings: Settings) -> dict[str, Any]:
+    """Return the configuration of :mod:`logging`, for those who insist on applying it themselves."""
+    as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {
+            "one": {
+                "()": structlog.stdlib.ProcessorFormatter,
+                "foreign_pre_chain": _context(settings.service_name),
+                "processors": [
+                    structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                    *_exceptions_and_redaction(as_json=as_json),
+                    structlog.processors.JSONRenderer()
+                    if as_json
+                    else structlog.dev.ConsoleRenderer(
+                        colors=sys.stderr.isatty(),
+                        exception_formatter=structlog.dev.plain_traceback,
+                    ),
+                ],
+            }
+        },
+        "handlers": {
+            # Standard output is for what commands print.
+            "stderr": {"class": "logging.StreamHandler", "formatter": "one", "stream": "ext://sys.stderr"}
+        },
+        "root": {"handlers": ["stderr"], "level": settings.log_level},
+        "loggers": {
+            **{name: {"level": "WARNING"} for name in _NOISY},
+            # gunicorn gives its loggers handlers of their own, which this takes away.
+            **{
+                name: {"handlers": [], "propagate": True, "level": settings.log_level}
+                for name in ("gunicorn.error", "gunicorn.access")
+            },
+        },
+    }
+
+
+def _context(service: str) -> list[Processor]:
+    """Return what is done to an event where it is logged, ours or a library's."""
+
+    def add_service(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        event["service"] = service
+        return event
+
+    return [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        add_service,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+
+
+def _exceptions_and_redaction(*, as_json: bool) -> list[Processor]:
+    exceptions: Processor
+    if as_json:
+        # Never the local variables: they hold whole messages, and keys.
+        exceptions = structlog.processors.ExceptionRenderer(
+            ExceptionDictTransformer(show_locals=False, max_frames=30)
+        )
+    else:
+        exceptions = structlog.processors.format_exc_info
+    # After the exceptions, whose text may quote a URL with its password.
+    return [exceptions, redact]
+
+
+def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Replace secrets in an event: by the name of the field, and in text wherever one is recognised."""
+    return {name: _redacted(name, value) for name, value in event.items()}
+
+
+def _redacted(name: str, value: object) -> object:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if _SECRET_KEY.search(name):
+        return REDACTED
+    if isinstance(value, Mapping):
+        return {str(key): _redacted(str(key), each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_redacted("", each) for each in value]
+    text = _URL_CREDENTIALS.sub(rf"\g<1>{REDACTED}@", str(value))
+    return _SECRET_PAIR.sub(rf"\g<1>{REDACTED}", text)

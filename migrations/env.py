@@ -14,7 +14,9 @@ def run() -> None:
     url = context.config.attributes.get("url") or os.environ["POSITION_MANAGER_DATABASE_URL"]
     engine = create_engine(url, poolclass=pool.NullPool, connect_args={"connect_timeout": 5})
     with engine.connect() as connection:
-        connection.execute(text("SET lock_timeout = '5s'; SET statement_timeout = '300s'; SET timezone = 'UTC'"))
+        connection.execute(
+            text("SET lock_timeout = '5s'; SET statement_timeout = '300s'; SET timezone = 'UTC'")
+        )
         connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LOCK})
         connection.commit()
         context.configure(

@@ -1,7 +1,9 @@
 """The `positions` command."""
 
 import os
+import signal
 import sys
+import threading
 
 import click
 
@@ -25,9 +27,17 @@ def migrate() -> None:
 @cli.command()
 def relay() -> None:
     """Publish the outbox to the broker until stopped; of several relays one works, the others wait."""
-    from positions.storage.relay import run
+    from positions import log_config
+    from positions.handlers.relay_outbox import relay_outbox
+    from positions.storage.database import connect
 
-    run(settings.load())
+    own = settings.load()
+    log_config.configure(own)
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    engine = connect(own.database, pool_size=1, application=f"{own.service_name} relay")
+    relay_outbox(engine, own.broker, stopping=stopped.is_set)
 
 
 @cli.command()

@@ -114,6 +114,7 @@ def upgrade() -> None:
         CREATE TABLE portfolio_mark (
             id smallint CONSTRAINT portfolio_mark_pkey PRIMARY KEY DEFAULT 1,
             published_at timestamptz NOT NULL,
+            versions bigint NOT NULL,
             CONSTRAINT portfolio_mark_single_check CHECK (id = 1)
         )""")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from positions.domain.numbers import ZERO
 
@@ -50,6 +50,11 @@ class PositionKey(NamedTuple):
 
     asset: str
     mode: Mode
+
+    @classmethod
+    def of(cls, asset: str, mode: str) -> Self:
+        """Return the key of a stored position."""
+        return cls(asset, Mode(mode))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

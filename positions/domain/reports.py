@@ -41,6 +41,8 @@ def merged(known: tuple[Report, ...], new: Report) -> tuple[Report, ...]:
     Returns ``known`` itself where ``new`` is a duplicate or stale in every field. Reports with and without
     a sequence are kept apart, so at most ten stay: in practice it is one.
     """
+    if any(report.id == new.id for report in known):
+        return known
     candidates = (*known, new)
     groups = [
         [report for report in candidates if report.seq is not None],

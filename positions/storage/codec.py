@@ -18,11 +18,7 @@ def encode(state: State) -> dict[str, Any]:
     """Return ``state`` as JSON-ready data."""
     data: dict[str, Any] = {"ledger": {name: _leg(leg) for name, leg in state.ledger.items()}}
     # Where no report overrules the fills, what is held is the ledger's fold: not written twice.
-    held = {
-        name: _held(each)
-        for name, each in state.held.items()
-        if each.leg is not state.ledger[name] or each.venue_realized or each.basis != (None, None, None)
-    }
+    held = {name: _held(each) for name, each in state.held.items() if each != Held(state.ledger[name])}
     if held:
         data["held"] = held
     if state.reports:
@@ -71,9 +67,9 @@ def _leg(leg: Leg) -> dict[str, str]:
 
 
 def _to_leg(data: dict[str, str]) -> Leg:
-    amounts = {name: Decimal(data[name]) for name in _LEG_AMOUNTS if name in data}
-    times = {name: _to_time(data[name]) for name in _LEG_TIMES if name in data}
-    return Leg(**amounts, **times)
+    values: dict[str, Any] = {name: Decimal(data[name]) for name in _LEG_AMOUNTS if name in data}
+    values.update((name, _to_time(data[name])) for name in _LEG_TIMES if name in data)
+    return Leg(**values)
 
 
 def _held(held: Held) -> dict[str, Any]:
@@ -113,15 +109,13 @@ def _report(report: Report) -> dict[str, Any]:
     if report.seq is not None:
         data["seq"] = report.seq
     data.update(
-        (name, plain(amount))
-        for name in _REPORT_AMOUNTS
-        if (amount := getattr(report, name)) is not None
+        (name, plain(amount)) for name in _REPORT_AMOUNTS if (amount := getattr(report, name)) is not None
     )
     return data
 
 
 def _to_report(key: PositionKey, data: dict[str, Any]) -> Report:
-    amounts = {name: Decimal(data[name]) for name in _REPORT_AMOUNTS if name in data}
+    amounts: dict[str, Any] = {name: Decimal(data[name]) for name in _REPORT_AMOUNTS if name in data}
     return Report(
         id=data["id"],
         position=key,

@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL, and the transaction: one unit of work, retried as a whole where that is right."""
+"""Connections to PostgreSQL, and the transaction: one unit of work, retried as a whole where right."""
 
 import random
 import time
@@ -59,7 +59,7 @@ class Retry:
 
         The jitter adds at most a tenth, so that writers who collided do not meet again.
         """
-        return self.base_ms * 2 ** (attempt - 1) * random.uniform(1.0, 1.1)  # noqa: S311 - not a secret
+        return float(self.base_ms << (attempt - 1)) * random.uniform(1.0, 1.1)  # noqa: S311 - not a secret
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The sums over all positions, exact: PostgreSQL adds and multiplies `numeric` without rounding."""
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, RowMapping, and_, case, func, literal, or_, select
 
@@ -59,3 +59,22 @@ def sums_by_asset(connection: Connection, *, stale_before: datetime) -> Sequence
         .mappings()
         .all()
     )
+
+
+_CLAIM = """
+    INSERT INTO portfolio_mark (id, published_at, versions)
+    SELECT 1, %(now)s, sum(version) FROM positions HAVING count(*) > 0
+    ON CONFLICT (id) DO UPDATE SET published_at = excluded.published_at, versions = excluded.versions
+    WHERE portfolio_mark.versions <> excluded.versions
+        AND portfolio_mark.published_at <= excluded.published_at - %(interval)s
+"""
+
+
+def claim_publication(connection: Connection, *, now: datetime, interval: timedelta) -> bool:
+    """Return whether the portfolio is to be published now: it changed, and the last time is long enough ago.
+
+    Who gets True holds the row until its transaction ends, so that two of them never publish the same.
+    """
+    # Beat ticks at the interval itself: a tick that comes a little early is not made to wait for another.
+    claimed = connection.exec_driver_sql(_CLAIM, {"now": now, "interval": interval * 0.5})
+    return claimed.rowcount == 1

@@ -134,5 +134,7 @@ portfolio_mark = Table(
     metadata,
     Column("id", SmallInteger, primary_key=True, server_default="1", autoincrement=False),
     Column("published_at", Time, nullable=False),
+    # The sum of all versions then: whatever is committed changes it, in whatever order.
+    Column("versions", BigInteger, nullable=False),
     CheckConstraint("id = 1", name="single"),
 )

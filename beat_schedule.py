@@ -1,0 +1,22 @@
+"""What happens on a schedule: data only. The cadence is a setting's name, or seconds."""
+
+from typing import TypedDict
+
+
+class Job(TypedDict):
+    """One job: which task, how often, on which queue."""
+
+    task: str
+    every: str | float
+    queue: str
+
+
+TASK_QUEUE = "positions.tasks"
+
+SCHEDULE: dict[str, Job] = {
+    "publish the portfolio": {
+        "task": "positions.publish_portfolio",
+        "every": "portfolio_update_interval",
+        "queue": TASK_QUEUE,
+    },
+}

@@ -1,0 +1,77 @@
+"""The workers' root: settings, logging, queues, event intake, task discovery.
+
+Run as `celery -A celery_app worker` and `celery -A celery_app beat`.
+"""
+
+from typing import Any
+
+from celery import Celery
+from celery.signals import setup_logging
+from kombu import Queue
+
+from beat_schedule import SCHEDULE, TASK_QUEUE
+from positions import log_config
+from positions.settings import load
+from positions.storage.broker import transport_options
+from positions.tasks import resources
+from positions.tasks.intake import Intake
+
+settings = load()
+resources.use(resources.Resources(settings))
+
+app = Celery("positions", include=["positions.tasks.events", "positions.tasks.portfolio"])
+app.conf.update(
+    broker_url=settings.broker,
+    broker_transport_options=transport_options(settings.broker),
+    broker_heartbeat=10,  # the default notices a dead broker after two minutes
+    broker_connection_timeout=5,
+    broker_connection_max_retries=None,  # the default gives up after 100
+    broker_connection_retry_on_startup=True,
+    broker_channel_error_retry=True,  # otherwise a 406 ends the worker
+    # Acknowledged only after the task has returned, given back when its process is killed; what a failed
+    # batch means is for the intake to say.
+    task_acks_late=True,
+    task_reject_on_worker_lost=True,
+    task_acks_on_failure=False,
+    task_acks_on_timeout=False,
+    worker_cancel_long_running_tasks_on_connection_loss=True,  # roll back, do not race the redelivery
+    worker_enable_prefetch_count_reduction=False,  # it would shrink the prefetch of a channel it does not own
+    worker_prefetch_multiplier=1,
+    worker_concurrency=settings.worker_concurrency,
+    worker_max_tasks_per_child=10_000,
+    worker_max_memory_per_child=300_000,  # KiB
+    task_time_limit=30,
+    task_soft_time_limit=20,
+    task_ignore_result=True,
+    task_store_errors_even_if_ignored=False,
+    result_backend=None,
+    accept_content=["json"],
+    task_serializer="json",
+    enable_utc=True,
+    timezone="UTC",
+    task_default_queue=TASK_QUEUE,
+    task_queues=[Queue(TASK_QUEUE, durable=True)],
+    task_create_missing_queues=False,  # a typo in a queue's name is an error, not a queue nobody reads
+    worker_send_task_events=True,
+    task_send_sent_event=True,
+    worker_hijack_root_logger=False,
+    worker_redirect_stdouts=False,
+    beat_max_loop_interval=5,
+    beat_schedule={
+        name: {
+            "task": job["task"],
+            "schedule": float(
+                getattr(settings, job["every"]) if isinstance(job["every"], str) else job["every"]
+            ),
+            # A tick that was not served before the next ones are due is worth nothing.
+            "options": {"queue": job["queue"], "expires": 60},
+        }
+        for name, job in SCHEDULE.items()
+    },
+)
+app.steps["consumer"].add(Intake)
+
+
+@setup_logging.connect(weak=False)
+def _configure_logging(**_: Any) -> None:
+    log_config.configure(settings)

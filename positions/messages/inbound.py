@@ -1,0 +1,589 @@
+"""From the wire to the domain: every message of the foreign queues, decoded and validated.
+
+The shapes are those of docs/reference/messages (contract): exchange reports, executions, order reports,
+and the exchange's own raw messages. What can never be applied raises
+:class:`~positions.errors.InvalidEvent` with the field at fault and a reason an operator understands.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+from typing import Annotated, Any, Final, NoReturn
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from positions.domain.events import Entry, Event, Kind, LegName, Mode, PositionKey, Report, TimeSource
+from positions.domain.numbers import INTEGER_DIGITS, SCALE, ZERO, fits, plain
+from positions.errors import InvalidEvent
+
+RECORDS_MAX = 500
+TEXT_MAX = 200
+TRADE_TYPES: Final = {"Trade", "AdlTrade", "BustTrade", "Delivery", "Settle", "MovePosition"}
+# Settled and moved positions may have a price of zero; nobody trades at it.
+_FREE_TYPES: Final = {"Delivery", "Settle", "MovePosition"}
+IGNORED_TYPES: Final = {"created", "cancelled", "rejected", "modified"}
+_ASSET: Final = re.compile(r"[A-Z0-9][A-Z0-9-]{1,39}")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_EARLIEST: Final = datetime(2009, 1, 1, tzinfo=UTC)
+_LATEST: Final = datetime(2100, 1, 1, tzinfo=UTC)
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delivery:
+    """One message as it came from a queue."""
+
+    queue: str
+    body: bytes
+    headers: Record
+    properties: Record
+    """AMQP properties that were set, e.g. `timestamp`, `message_id`, `content_type`."""
+    received_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a message tells: events for positions, or the reason why it concerns none."""
+
+    events: tuple[Event, ...] = ()
+    ignored: str | None = None
+
+
+def decode(delivery: Delivery, *, max_bytes: int) -> Decoded:
+    """Return the events in ``delivery``.
+
+    Raises:
+        InvalidEvent: it can never be applied as it is.
+    """
+    if len(delivery.body) > max_bytes:
+        raise InvalidEvent(f"message of {len(delivery.body)} bytes, more than the {max_bytes} allowed")
+    envelope = _parse(delivery.body)
+    kind = envelope.get("event_type") or delivery.headers.get("event_type")
+    topic = envelope.get("topic") or delivery.headers.get("topic")
+    source = _Source(envelope, delivery)
+    if kind in ("order_executed", "position_updated_from_order"):
+        record = _inner(envelope)
+        return Decoded((_execution(record, source, filled=kind != "order_executed"),))
+    if kind in ("filled", "partially_filled") or kind in IGNORED_TYPES:
+        return _order_report(kind, _inner(envelope), source)
+    if kind == "position" or (kind is None and topic == "position"):
+        records = _records(envelope)
+        return Decoded(
+            tuple(each for index, record in enumerate(records) for each in _reports(record, source, index))
+        )
+    if kind in (None, "execution") and topic == "execution":
+        return Decoded(tuple(_execution(record, source) for record in _records(envelope)))
+    if kind is None and topic is None:
+        raise InvalidEvent("missing, and there is no topic either", "event_type")
+    raise InvalidEvent(f"unknown event type {_quoted(topic if kind is None else kind)}", "event_type")
+
+
+def trace_id(envelope: Record, headers: Record) -> str:
+    """Return the message's trace id, or "" where it has none that is well-formed."""
+    for value in (envelope.get("trace_id"), headers.get("trace_id")):
+        if isinstance(value, str) and 0 < len(value) <= TEXT_MAX and not _CONTROL.search(value):
+            return value
+    return ""
+
+
+class _Source:
+    """Where a record comes from: its envelope and delivery, for what the record itself does not say."""
+
+    def __init__(self, envelope: Record, delivery: Delivery) -> None:
+        self.envelope = envelope
+        self.delivery = delivery
+        self.trace_id = trace_id(envelope, delivery.headers)
+        self.event_id: str | None = _Text(value=envelope.get("event_id") or None).value
+
+    def digest(self, content: Record) -> str:
+        """Return the SHA-256 of the canonical form of ``content``."""
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def time(self, own: datetime | None) -> tuple[datetime, TimeSource]:
+        """Return the event's time and where it is from: its own, the envelope's, AMQP's, its arrival."""
+        if own is None:
+            own = _Moment(value=_pick((self.envelope,), "timestamp", "creationTime")).value
+        if own is not None:
+            return own, TimeSource.EVENT
+        stamp = self.delivery.properties.get("timestamp")
+        try:
+            at = _moment(stamp)
+        except ValueError:
+            at = None
+        return (at, TimeSource.AMQP) if at else (self.delivery.received_at, TimeSource.ARRIVAL)
+
+
+def _parse(body: bytes) -> Record:
+    """Return the JSON object in ``body``, numbers with a fraction as exact decimals."""
+    try:
+        parsed = json.loads(body, parse_float=Decimal, parse_constant=_refuse_constant)
+    except InvalidEvent:
+        raise
+    except RecursionError:
+        raise InvalidEvent("JSON nested too deep") from None
+    except (ValueError, InvalidOperation) as error:
+        raise InvalidEvent(f"not JSON: {str(error)[:TEXT_MAX]}") from None
+    if not isinstance(parsed, dict):
+        raise InvalidEvent("not a JSON object")
+    return parsed
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InvalidEvent(f"{name} is not a number JSON allows")
+
+
+def _inner(envelope: Record) -> Record:
+    """Return the record of an envelope that may keep it under `data` or `payload`."""
+    for name in ("data", "payload"):
+        if isinstance(inner := envelope.get(name), dict):
+            return inner
+    return envelope
+
+
+def _records(envelope: Record) -> list[Record]:
+    """Return the records of an envelope: one object, or a list of them."""
+    name = next((name for name in ("data", "payload") if envelope.get(name) not in (None, "")), None)
+    if name is None:
+        return [envelope]
+    inner = envelope[name]
+    records = inner if isinstance(inner, list) else [inner]
+    if not records or len(records) > RECORDS_MAX or not all(isinstance(each, dict) for each in records):
+        raise InvalidEvent(f"must be an object, or a list of 1 to {RECORDS_MAX} objects", name)
+    return records
+
+
+def _pick(records: tuple[Record, ...], *names: str) -> Any:
+    """Return the first value given under any of ``names``; the exchange sends "" for none."""
+    for record in records:
+        for name in names:
+            value = record.get(name)
+            if value is not None and value != "":
+                return value
+    return None
+
+
+def _amount(value: Any) -> Decimal | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | str | Decimal):
+        raise ValueError("must be a number")
+    try:
+        number = Decimal(value.strip() if isinstance(value, str) else value)
+    except InvalidOperation:
+        raise ValueError(f"{_quoted(value)} is not a number") from None
+    if not number.is_finite():
+        raise ValueError(f"{_quoted(value)} is not a finite number")
+    if not fits(number):
+        raise ValueError(f"more than {INTEGER_DIGITS} integer digits or {SCALE} decimals")
+    return number
+
+
+def _moment(value: Any) -> datetime | None:
+    """Return a point in time from ISO 8601 (no zone means UTC) or epoch seconds or milliseconds."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, datetime):
+        at = value
+    elif isinstance(value, str) and not value.strip().isdigit():
+        try:
+            at = datetime.fromisoformat(value.strip())
+        except ValueError:
+            raise ValueError(f"{_quoted(value)} is not an ISO 8601 time") from None
+    elif isinstance(value, int | str | Decimal) and not isinstance(value, bool):
+        epoch = int(value)
+        try:
+            # Seconds have ten digits until the year 2286.
+            seconds, ms = (epoch, 0) if epoch < 10**11 else divmod(epoch, 1000)
+            at = datetime.fromtimestamp(seconds, UTC).replace(microsecond=ms * 1000)
+        except (OverflowError, ValueError, OSError):
+            raise ValueError("not a point in time") from None
+    else:
+        raise ValueError("must be an ISO 8601 time or epoch milliseconds")
+    at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    if not _EARLIEST <= at < _LATEST:
+        raise ValueError("a time before 2009 or after 2099")
+    return at
+
+
+def _text(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError("must be text")
+    text = str(value).strip()
+    if not text or len(text) > TEXT_MAX or _CONTROL.search(text):
+        raise ValueError(f"must be 1 to {TEXT_MAX} characters without control characters")
+    return text
+
+
+def _asset(value: Any) -> str:
+    text = value.strip().upper() if isinstance(value, str) else ""
+    if not _ASSET.fullmatch(text):
+        raise ValueError("missing" if value is None else f"{_quoted(value)} is not the symbol of an asset")
+    return text
+
+
+def _sign(value: Any) -> int | None:
+    if value is None:
+        return None
+    sign = {"buy": 1, "sell": -1, "none": None}.get(value.strip().lower(), 0) if isinstance(value, str) else 0
+    if sign == 0:
+        raise ValueError(f"{_quoted(value)} is neither Buy nor Sell")
+    return sign
+
+
+def _whole(value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not re.fullmatch(r"\d{1,18}", str(value)):
+        raise ValueError("must be a whole number of at most 18 digits")
+    return int(value)
+
+
+def _mode(value: Any) -> Mode | LegName | None:
+    """Return the mode, or the leg where the value is a position index (1 long, 2 short)."""
+    if value is None:
+        return None
+    known: dict[str, Mode | LegName] = {
+        "0": Mode.ONE_WAY,
+        "one-way": Mode.ONE_WAY,
+        "hedge": Mode.HEDGE,
+        "1": LegName.LONG,
+        "2": LegName.SHORT,
+    }
+    text = str(value).strip().lower()
+    if isinstance(value, bool) or text not in known:
+        raise ValueError(f"{_quoted(value)} is none of one-way, hedge, 0, 1, 2")
+    return known[text]
+
+
+def _side_leg(value: Any) -> LegName | None:
+    if value is None:
+        return None
+    known: dict[str, LegName | None] = {
+        "long": LegName.LONG,
+        "short": LegName.SHORT,
+        "both": None,
+        "none": None,
+    }
+    text = str(value).strip().lower()
+    if text not in known:
+        raise ValueError(f"{_quoted(value)} is neither long nor short")
+    return known[text]
+
+
+def _quoted(value: Any) -> str:
+    return repr(value if len(str(value)) <= 40 else f"{str(value)[:40]}...")
+
+
+def _must(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def required(value: Any) -> Any:
+        if value is None:
+            raise ValueError("missing")
+        return check(value)
+
+    return required
+
+
+class _Wire(BaseModel):
+    """A record of the wire: fields are given by name, validated here, and wrong ones named."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = str(first["loc"][0]) if first["loc"] else None
+            raise InvalidEvent(first["msg"].removeprefix("Value error, "), field) from None
+
+
+Amount = Annotated[Decimal | None, BeforeValidator(_amount)]
+Required = Annotated[Decimal, BeforeValidator(_must(_amount))]
+Time = Annotated[datetime | None, BeforeValidator(_moment)]
+Asset = Annotated[str, BeforeValidator(_asset)]
+Text = Annotated[str | None, BeforeValidator(_text)]
+Sign = Annotated[int | None, BeforeValidator(_sign)]
+Whole = Annotated[int | None, BeforeValidator(_whole)]
+ModeOrLeg = Annotated[Mode | LegName | None, BeforeValidator(_mode)]
+SideLeg = Annotated[LegName | None, BeforeValidator(_side_leg)]
+
+
+class _Text(_Wire):
+    value: Text
+
+
+class _Moment(_Wire):
+    value: Time
+
+
+class _Place(_Wire):
+    """Which position and leg a record is about."""
+
+    symbol: Asset
+    mode: ModeOrLeg
+    position_idx: ModeOrLeg
+    position_side: SideLeg
+    side: Sign
+
+    @property
+    def key(self) -> PositionKey:
+        return PositionKey(self.symbol, self._mode)
+
+    @property
+    def _mode(self) -> Mode:
+        for said in (self.mode, self.position_idx):
+            if said is not None:
+                return said if isinstance(said, Mode) else Mode.HEDGE
+        return Mode.ONE_WAY
+
+    @property
+    def named_leg(self) -> LegName | None:
+        """The leg the record names; in one-way mode always the net one."""
+        if self._mode is Mode.ONE_WAY:
+            return LegName.NET
+        for said in (self.mode, self.position_idx, self.position_side):
+            if isinstance(said, LegName):
+                return said
+        return None
+
+
+_PLACE_NAMES = {
+    "symbol": ("symbol", "asset"),
+    "mode": ("mode",),
+    "position_idx": ("positionIdx", "position_idx"),
+    "position_side": ("position_side", "positionSide"),
+    "side": ("side",),
+}
+
+
+def _given(names: Mapping[str, tuple[str, ...]], *records: Record) -> dict[str, Any]:
+    return {field: _pick(records, *spellings) for field, spellings in names.items()}
+
+
+class _Report(_Place):
+    size: Amount
+    avg_price: Amount
+    unrealised_pnl: Amount
+    realised_pnl: Amount
+    mark_price: Amount
+    timestamp: Time
+    seq: Whole
+
+
+_REPORT_NAMES = {
+    **_PLACE_NAMES,
+    "size": ("size",),
+    "avg_price": ("avg_price", "avgPrice", "entry_price", "entryPrice"),
+    "unrealised_pnl": ("unrealised_pnl", "unrealisedPnl"),
+    "realised_pnl": ("realised_pnl", "cum_realised_pnl", "cumRealisedPnl", "realisedPnl"),
+    "mark_price": ("mark_price", "markPrice"),
+    "timestamp": ("timestamp", "updatedTime", "updated_time"),
+    "seq": ("seq",),
+}
+
+
+def _reports(record: Record, source: _Source, index: int) -> list[Report]:
+    """Return the report in ``record``; two where it says that both legs of a hedge are flat."""
+    raw = record.get("raw")
+    wire = _Report(**_given(_REPORT_NAMES, record, *([raw] if isinstance(raw, dict) else [])))
+    if wire.avg_price is not None and wire.avg_price < 0:
+        raise InvalidEvent("must not be negative", "avg_price")
+    if wire.mark_price is not None and wire.mark_price < 0:
+        raise InvalidEvent("must not be negative", "mark_price")
+    at, time_source = source.time(wire.timestamp)
+    key, leg = wire.key, wire.named_leg
+    if leg is None and wire.side is not None:
+        leg = LegName.LONG if wire.side > 0 else LegName.SHORT
+    if leg is None and wire.size:
+        raise InvalidEvent("a hedge position needs positionIdx or a side", "positionIdx")
+    many = source.envelope.get("data") or source.envelope.get("payload")
+    if source.event_id:
+        identity = f"{source.event_id}:{index}" if isinstance(many, list) else source.event_id
+    else:
+        identity = source.digest(record if isinstance(many, list) else source.envelope)
+    return [
+        Report(
+            id=identity,
+            position=key,
+            leg=each,
+            at=at,
+            time_source=time_source,
+            seq=wire.seq,
+            size=_signed(wire, each),
+            # Zero is how the exchange says that there is no average, or no mark.
+            average=wire.avg_price or None,
+            unrealized=wire.unrealised_pnl,
+            realized=wire.realised_pnl,
+            mark=wire.mark_price or None,
+            trace_id=source.trace_id,
+        )
+        for each in ([leg] if leg else [LegName.LONG, LegName.SHORT])
+    ]
+
+
+def _signed(wire: _Report, leg: LegName) -> Decimal | None:
+    """Return the reported size with its sign: by leg in hedge mode, else by side, which sells negative."""
+    if wire.size is None:
+        return None
+    if leg is LegName.NET:
+        return wire.size if wire.side is None else abs(wire.size) * wire.side
+    return abs(wire.size) if leg is LegName.LONG else -abs(wire.size)
+
+
+class _Execution(_Place):
+    quantity: Amount
+    price: Amount
+    fee: Amount
+    executed_at: Time
+    execution_id: Text
+    order_id: Text
+    closed_size: Amount
+    exec_type: Text
+    seq: Whole
+
+
+_EXECUTION_NAMES = {
+    **_PLACE_NAMES,
+    "quantity": ("execution_quantity", "exec_qty", "execQty"),
+    "price": ("execution_price", "exec_price", "execPrice"),
+    "fee": ("execution_fees", "execution_fee", "exec_fee", "execFee"),
+    "executed_at": ("executed_at", "exec_time", "execTime"),
+    "execution_id": ("execution_id", "exec_id", "execId"),
+    "order_id": ("order_id", "orderId"),
+    "closed_size": ("closed_size", "closedSize"),
+    "exec_type": ("exec_type", "execType"),
+    "seq": ("seq",),
+}
+# position_updated_from_order: one execution all the same, with the quantity under another name.
+_FILLED_NAMES = {
+    **_EXECUTION_NAMES,
+    "quantity": ("filled_quantity", "execution_quantity"),
+    "price": ("execution_price", "average_price", "price"),
+    "fee": ("execution_fees", "execution_fee", "fees"),
+}
+
+
+def _execution(record: Record, source: _Source, *, filled: bool = False) -> Entry:
+    """Return the ledger entry of one execution."""
+    wire = _Execution(**_given(_FILLED_NAMES if filled else _EXECUTION_NAMES, record))
+    exec_type = wire.exec_type or "Trade"
+    funding = exec_type == "Funding"
+    if not funding and exec_type not in TRADE_TYPES:
+        raise InvalidEvent(f"unknown kind of execution {_quoted(exec_type)}", "exec_type")
+    if funding and wire.fee is None:
+        raise InvalidEvent("missing: it is what was paid", "fee")
+    leg = wire.named_leg
+    if funding:
+        leg = leg or (LegName.SHORT if wire.side == -1 else LegName.LONG)
+        quantity = ZERO
+    else:
+        quantity = _traded(wire.side, wire.quantity, "quantity")
+        _check_price(wire.price, exec_type)
+        closes = bool(wire.closed_size)
+        leg = leg or (LegName.LONG if (quantity > 0) is not closes else LegName.SHORT)
+    at, time_source = source.time(wire.executed_at)
+    if wire.execution_id:
+        key = f"exec:{wire.execution_id}"
+    elif source.event_id:
+        key = f"event:{source.event_id}"
+    else:
+        key = f"sha256:{source.digest(source.envelope)}"
+    return Entry(
+        key=key,
+        position=wire.key,
+        leg=leg,
+        kind=Kind.FUNDING if funding else Kind.TRADE,
+        quantity=quantity,
+        price=wire.price or ZERO,
+        fee=wire.fee or ZERO,
+        executed_at=at,
+        time_source=time_source,
+        venue_seq=wire.seq,
+        order_id=wire.order_id,
+        exec_type=exec_type,
+        trace_id=source.trace_id,
+    )
+
+
+class _Order(_Place):
+    filled_quantity: Amount
+    average_price: Amount
+    fees: Amount
+    executed_at: Time
+    order_id: Text
+
+
+_ORDER_NAMES = {
+    **_PLACE_NAMES,
+    "filled_quantity": ("filled_quantity",),
+    "average_price": ("average_price",),
+    "fees": ("fees",),
+    "executed_at": ("executed_at",),
+    "order_id": ("order_id", "id"),
+}
+
+
+def _order_report(kind: str, record: Record, source: _Source) -> Decoded:
+    """Return the order report in ``record``, or why it changes no position."""
+    order = record.get("order")
+    if not isinstance(order, dict):
+        if kind in IGNORED_TYPES:
+            return Decoded(ignored=kind)
+        raise InvalidEvent("missing", "order")
+    if _pick((order, record), "is_dry_run") in (True, "true", "True", 1):
+        return Decoded(ignored="dry_run")
+    if kind in IGNORED_TYPES and (kind != "cancelled" or not _filled(order)):
+        return Decoded(ignored=kind)
+    wire = _Order(**_given(_ORDER_NAMES, order, record))
+    quantity = _traded(wire.side, wire.filled_quantity, "filled_quantity")
+    _check_price(wire.average_price, "Trade", "average_price")
+    if wire.order_id is None:
+        raise InvalidEvent("missing", "order_id")
+    at, time_source = source.time(wire.executed_at)
+    entry = Entry(
+        key=f"order:{wire.order_id}:{plain(abs(quantity))}",
+        position=wire.key,
+        leg=wire.named_leg or (LegName.LONG if quantity > 0 else LegName.SHORT),
+        kind=Kind.ORDER_REPORT,
+        quantity=quantity,
+        price=wire.average_price or ZERO,
+        fee=wire.fees or ZERO,
+        executed_at=at,
+        time_source=time_source,
+        order_id=wire.order_id,
+        trace_id=source.trace_id,
+    )
+    return Decoded((entry,))
+
+
+def _filled(order: Record) -> bool:
+    try:
+        return bool(_amount(_pick((order,), "filled_quantity")))
+    except ValueError as error:
+        raise InvalidEvent(str(error), "filled_quantity") from None
+
+
+def _traded(side: int | None, quantity: Decimal | None, field: str) -> Decimal:
+    """Return the signed quantity of a trade."""
+    if side is None:
+        raise InvalidEvent("missing", "side")
+    if quantity is None:
+        raise InvalidEvent("missing", field)
+    if quantity <= 0:
+        raise InvalidEvent("must be above 0", field)
+    return quantity * side
+
+
+def _check_price(price: Decimal | None, exec_type: str, field: str = "price") -> None:
+    if price is None:
+        raise InvalidEvent("missing", field)
+    if price < 0 or (price == 0 and exec_type not in _FREE_TYPES):
+        raise InvalidEvent("must be above 0", field)

@@ -1,0 +1,54 @@
+"""The messages neighbours receive, as contract.md has them."""
+
+import json
+from datetime import datetime
+
+from positions.messages.outbound import (
+    PortfolioView,
+    PositionView,
+    portfolio_object,
+    position_object,
+    utc_text,
+)
+
+EXCHANGE = "position-manager"
+POSITION_UPDATED = "position_updated"
+PORTFOLIO_UPDATED = "portfolio_updated"
+SNAPSHOT_CREATED = "position_snapshot_created"
+EVENT_TYPES = (POSITION_UPDATED, PORTFOLIO_UPDATED, SNAPSHOT_CREATED)
+"""Types of event, each its own routing key on the exchange."""
+
+
+def queue_of(event_type: str) -> str:
+    """Return the name of the queue in which consumers of the older service expect ``event_type``."""
+    return f"{EXCHANGE}.{event_type}"
+
+
+def position_updated(
+    view: PositionView, *, update_source: str, events_covered: int, trace_id: str, now: datetime
+) -> str:
+    """Return the body of a `position_updated` event."""
+    position = position_object(view)
+    return _body(
+        POSITION_UPDATED,
+        trace_id,
+        now,
+        {
+            **position,
+            "position_id": view.id,
+            "avg_price": position["average_entry_price"],
+            "update_source": update_source,
+            "events_covered": events_covered,
+            "position": position,
+        },
+    )
+
+
+def portfolio_updated(view: PortfolioView, *, trace_id: str, now: datetime) -> str:
+    """Return the body of a `portfolio_updated` event."""
+    return _body(PORTFOLIO_UPDATED, trace_id, now, portfolio_object(view))
+
+
+def _body(event_type: str, trace_id: str, now: datetime, figures: dict[str, object]) -> str:
+    message = {"event_type": event_type, "trace_id": trace_id, "timestamp": utc_text(now), **figures}
+    return json.dumps(message, separators=(",", ":"))

@@ -1,0 +1,95 @@
+"""The ledger: append-only; its unique key decides what is new."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Connection
+
+from positions.domain.events import Entry, Kind, LegName, PositionKey, TimeSource
+
+_COLUMNS = (
+    "key, kind, leg, quantity, price, fee, executed_at, time_source, venue_seq, order_id, exec_type, trace_id"
+)
+# Sorted by key: two workers that insert the same entries wait for each other in the same order.
+_INSERT = f"""
+    INSERT INTO ledger (position_id, {_COLUMNS})
+    SELECT p.id, {", ".join("v." + name for name in _COLUMNS.split(", "))}
+    FROM unnest(
+        %(asset)s::text[], %(mode)s::text[], %(key)s::text[], %(kind)s::text[], %(leg)s::text[],
+        %(quantity)s::numeric[], %(price)s::numeric[], %(fee)s::numeric[], %(executed_at)s::timestamptz[],
+        %(time_source)s::text[], %(venue_seq)s::bigint[], %(order_id)s::text[], %(exec_type)s::text[],
+        %(trace_id)s::text[]
+    ) AS v (asset, mode, {_COLUMNS})
+    JOIN positions p ON p.asset = v.asset AND p.mode = v.mode
+    ORDER BY v.key
+    ON CONFLICT (key) DO NOTHING
+    RETURNING key
+"""
+_SELECT = f"SELECT p.asset, p.mode, {', '.join('l.' + name for name in _COLUMNS.split(', '))}"
+_OF_ORDERS = f"""
+    {_SELECT} FROM ledger l JOIN positions p ON p.id = l.position_id
+    WHERE l.order_id IN (
+        SELECT order_id FROM ledger WHERE order_id = ANY(%(orders)s::text[]) AND kind = 'order_report'
+    )
+"""
+_OF_POSITIONS = f"""
+    {_SELECT} FROM ledger l JOIN positions p ON p.id = l.position_id
+    WHERE l.position_id = ANY(%(positions)s::uuid[]) AND l.kind <> 'adjustment'
+"""
+
+
+def insert(connection: Connection, entries: Sequence[Entry]) -> set[str]:
+    """Write ``entries``, whose positions must exist, and return the keys of those that were new."""
+    if not entries:
+        return set()
+    rows = connection.exec_driver_sql(
+        _INSERT,
+        {
+            "asset": [entry.position.asset for entry in entries],
+            "mode": [entry.position.mode for entry in entries],
+            **{name: [getattr(entry, name) for entry in entries] for name in _COLUMNS.split(", ")},
+        },
+    )
+    return {row.key for row in rows}
+
+
+def of_reported_orders(connection: Connection, orders: Iterable[str]) -> dict[PositionKey, list[Entry]]:
+    """Return all entries of those ``orders`` of which the ledger holds an order report, by position."""
+    wanted = sorted(set(orders))
+    if not wanted:
+        return {}
+    return _by_position(connection.exec_driver_sql(_OF_ORDERS, {"orders": wanted}))
+
+
+def of_positions(connection: Connection, ids: Sequence[str]) -> dict[PositionKey, list[Entry]]:
+    """Return all entries that are folded into the positions ``ids``, by position."""
+    if not ids:
+        return {}
+    return _by_position(connection.exec_driver_sql(_OF_POSITIONS, {"positions": list(ids)}))
+
+
+def _by_position(rows: Iterable[Any]) -> dict[PositionKey, list[Entry]]:
+    found: defaultdict[PositionKey, list[Entry]] = defaultdict(list)
+    for row in rows:
+        entry = _entry(row)
+        found[entry.position].append(entry)
+    return found
+
+
+def _entry(row: Any) -> Entry:
+    return Entry(
+        key=row.key,
+        position=PositionKey.of(row.asset, row.mode),
+        leg=LegName(row.leg),
+        kind=Kind(row.kind),
+        quantity=row.quantity,
+        price=row.price,
+        fee=row.fee,
+        executed_at=row.executed_at,
+        time_source=TimeSource(row.time_source),
+        venue_seq=row.venue_seq,
+        order_id=row.order_id,
+        exec_type=row.exec_type,
+        trace_id=row.trace_id,
+    )

@@ -1,0 +1,165 @@
+"""Stored positions: locked in key order, written where their version still matches."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from typing import Any
+
+import psycopg2.extras
+from sqlalchemy import Connection
+
+from positions.domain.events import LegName, Mode, PositionKey, Report
+from positions.domain.figures import Figures
+from positions.domain.numbers import ZERO
+from positions.domain.position import Policy, State, advanced, empty, with_report
+from positions.errors import ConcurrencyConflict
+from positions.storage import codec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """A position as it is in the database."""
+
+    id: str
+    version: int
+    """0 for a row that this transaction made and did not write yet."""
+    state: State
+    created_at: datetime
+    last_snapshot_at: datetime | None
+
+
+_KEYS = "unnest(%(asset)s::text[], %(mode)s::text[]) AS v (asset, mode)"
+_CREATE = f"""
+    INSERT INTO positions (asset, mode, version)
+    SELECT v.asset, v.mode, 0 FROM {_KEYS}
+    WHERE NOT EXISTS (SELECT FROM positions p WHERE p.asset = v.asset AND p.mode = v.mode)
+    ORDER BY v.asset, v.mode
+    ON CONFLICT (asset, mode) DO NOTHING
+"""
+_READ = f"""
+    SELECT p.* FROM positions p JOIN {_KEYS} ON p.asset = v.asset AND p.mode = v.mode
+    ORDER BY p.asset, p.mode
+"""
+_LOCK = _READ + " FOR NO KEY UPDATE OF p"
+
+_FIGURES: Mapping[str, str] = {
+    "size": "numeric",
+    "average_entry_price": "numeric",
+    "current_price": "numeric",
+    "current_price_at": "timestamptz",
+    "current_price_source": "text",
+    "unrealized_pnl": "numeric",
+    "realized_pnl": "numeric",
+    "realized_gross": "numeric",
+    "fees_paid": "numeric",
+    "funding_received": "numeric",
+    "realized_adjustment": "numeric",
+    "long_size": "numeric",
+    "short_size": "numeric",
+    "long_avg_price": "numeric",
+    "short_avg_price": "numeric",
+    "opened_at": "timestamptz",
+    "closed_at": "timestamptz",
+}
+_WRITE = f"""
+    UPDATE positions p
+    SET {", ".join(f"{name} = v.{name}" for name in _FIGURES)},
+        state = v.state, last_updated = v.last_updated, version = p.version + 1
+    FROM unnest(
+        %(id)s::uuid[], %(version)s::integer[], %(state)s::jsonb[], %(last_updated)s::timestamptz[],
+        {", ".join(f"%({name})s::{kind}[]" for name, kind in _FIGURES.items())}
+    ) AS v (id, version, state, last_updated, {", ".join(_FIGURES)})
+    WHERE p.id = v.id AND p.version = v.version
+"""
+
+
+def create_missing(connection: Connection, keys: Iterable[PositionKey]) -> None:
+    """Make a row, flat and at version 0, for each of ``keys`` that has none."""
+    connection.exec_driver_sql(_CREATE, _arrays(keys))
+
+
+def lock(connection: Connection, keys: Iterable[PositionKey]) -> dict[PositionKey, Stored]:
+    """Return the positions of ``keys``, locked until the transaction ends.
+
+    Rows are locked in key order, so that workers whose batches overlap queue up instead of deadlocking.
+    """
+    return _load(connection, _LOCK, keys)
+
+
+def read(connection: Connection, keys: Iterable[PositionKey]) -> dict[PositionKey, Stored]:
+    """Return the positions of ``keys`` without a lock: `write` tells whether one changed since."""
+    return _load(connection, _READ, keys)
+
+
+def write(connection: Connection, changes: Sequence[tuple[Stored, State, Figures]], *, now: datetime) -> None:
+    """Write new states and figures, each where the version is still the one that was read.
+
+    Raises:
+        ConcurrencyConflict: another writer was first at one of them; nothing of the transaction may stay.
+    """
+    if not changes:
+        return
+    rows = [asdict(figures) for _, _, figures in changes]
+    result = connection.exec_driver_sql(
+        _WRITE,
+        {
+            "id": [stored.id for stored, _, _ in changes],
+            "version": [stored.version for stored, _, _ in changes],
+            "state": [psycopg2.extras.Json(codec.encode(state)) for _, state, _ in changes],
+            "last_updated": [now] * len(changes),
+            **{name: [row[name] for row in rows] for name in _FIGURES},
+        },
+    )
+    if result.rowcount != len(changes):
+        raise ConcurrencyConflict(
+            f"{len(changes) - result.rowcount} of {len(changes)} positions changed meanwhile"
+        )
+
+
+def _arrays(keys: Iterable[PositionKey]) -> dict[str, list[str]]:
+    ordered = sorted(set(keys))
+    return {"asset": [key.asset for key in ordered], "mode": [str(key.mode) for key in ordered]}
+
+
+def _load(connection: Connection, statement: str, keys: Iterable[PositionKey]) -> dict[PositionKey, Stored]:
+    found = {}
+    for row in connection.exec_driver_sql(statement, _arrays(keys)):
+        key = PositionKey.of(row.asset, row.mode)
+        adopted = row.state is None and row.version > 0
+        found[key] = Stored(
+            id=str(row.id),
+            version=row.version,
+            state=_adopted(key, row) if adopted else codec.decode(key, row.state),
+            created_at=row.created_at,
+            last_snapshot_at=row.last_snapshot_at,
+        )
+    return found
+
+
+def _adopted(key: PositionKey, row: Any) -> State:
+    """Return the state of a row that an older service wrote: its figures are taken as a first report."""
+    report = Report(
+        id=f"adopted:{row.id}",
+        position=key,
+        leg=LegName.NET,
+        at=row.last_updated,
+        size=row.size,
+        average=row.average_entry_price,
+        unrealized=row.unrealized_pnl,
+        realized=row.realized_pnl,
+        mark=row.current_price,
+    )
+    reports = [report]
+    if key.mode is Mode.HEDGE:
+        # The realized PnL of both legs was kept as one: it stays with the long one.
+        long = replace(
+            report, leg=LegName.LONG, size=row.long_size, average=row.long_avg_price, unrealized=None
+        )
+        short = replace(
+            long, leg=LegName.SHORT, size=row.short_size, average=row.short_avg_price, realized=ZERO
+        )
+        reports = [long, short]
+    state = empty(key)
+    for each in reports:
+        state = with_report(state, each)
+    return advanced(state, [], Policy()) or state

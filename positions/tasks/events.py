@@ -1,0 +1,134 @@
+"""The task behind every event: a batch of raw messages, decoded and applied in one transaction."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+import structlog
+from celery import shared_task
+
+from positions.domain.events import Event
+from positions.domain.position import Policy
+from positions.errors import ConcurrencyConflict, InvalidEvent, PositionsError, Unavailable
+from positions.handlers.apply_events import Rules, apply_events
+from positions.messages import inbound
+from positions.settings import Settings
+from positions.storage.database import in_transaction
+from positions.storage.quarantine import Refused
+from positions.tasks import resources
+
+log = structlog.get_logger(__name__)
+
+TASK_NAME = "positions.apply_events"
+# A canonical log line names so many trace ids; the ledger has them all.
+_TRACE_IDS_LOGGED = 20
+
+
+class RawMessage(NamedTuple):
+    """One message of a foreign queue as the intake hands it over, undecoded."""
+
+    queue: str
+    body: bytes
+    headers: dict[str, Any]
+    properties: dict[str, Any]
+    received_at: datetime
+
+
+@shared_task(
+    name=TASK_NAME,
+    Request="positions.tasks.intake:BatchRequest",
+    # Expected while the database is away or writers collide: logged in one line, without a traceback.
+    throws=(Unavailable, ConcurrencyConflict),
+)
+def apply_batch(messages: Sequence[RawMessage], *, park: str | None = None) -> dict[str, int]:
+    """Apply a batch of messages and return how many had which outcome (shown in Flower).
+
+    Args:
+        messages: what to apply.
+        park: put all of them into quarantine undecoded, for this reason.
+
+    Raises:
+        Unavailable: the database is away; nothing was applied, the intake holds the batch.
+        ConcurrencyConflict: nothing was applied; the messages go back to their queue.
+    """
+    started = time.perf_counter()
+    own = resources.current()
+    counts: Counter[str] = Counter()
+    events: list[Event] = []
+    refused: list[Refused] = []
+    for message in messages:
+        try:
+            decoded = _decoded(message, own.settings.message_max_bytes, park)
+        except InvalidEvent as error:
+            refused.append(_refused(message, error))
+        else:
+            events.extend(decoded.events)
+            if decoded.ignored:
+                counts["ignored"] += 1
+    try:
+        outcome = in_transaction(
+            own.engine,
+            lambda connection: apply_events(
+                connection, events, refused, rules=rules(own.settings), now=datetime.now(UTC)
+            ),
+            retry=own.retry,
+        )
+    except MemoryError as error:
+        # Celery would take its main process down with it; as another error it is isolated like any.
+        raise PositionsError("out of memory") from error
+    counts.update(outcome.counts)
+    counts["quarantined"] += len(refused)
+    result = {name: count for name, count in sorted(counts.items()) if count}
+    traces = dict.fromkeys(event.trace_id for event in events if event.trace_id)
+    log.info(
+        "events_applied",
+        messages=len(messages),
+        events=len(events),
+        duration_ms=round((time.perf_counter() - started) * 1000, 1),
+        trace_ids=list(traces)[:_TRACE_IDS_LOGGED],
+        **result,
+    )
+    for each in refused:
+        log.warning(
+            "event_quarantined",
+            queue=each.queue,
+            reason=each.reason,
+            field=each.field,
+            digest=each.digest,
+            trace_id=each.trace_id,
+        )
+    return result
+
+
+def rules(settings: Settings) -> Rules:
+    """Return what the handler needs of the settings."""
+    return Rules(
+        policy=Policy(
+            size_threshold=settings.size_validation_threshold,
+            average_threshold=settings.avg_price_diff_threshold,
+            take_average=settings.use_ws_avg_price,
+            take_size=settings.enable_timestamp_resolution,
+            tolerance=timedelta(microseconds=int(settings.timestamp_tolerance_seconds * 1_000_000)),
+        ),
+        price_stale_after=timedelta(seconds=settings.price_staleness_threshold),
+    )
+
+
+def _decoded(message: RawMessage, max_bytes: int, park: str | None) -> inbound.Decoded:
+    if park is not None:
+        raise InvalidEvent(park)
+    return inbound.decode(inbound.Delivery(**message._asdict()), max_bytes=max_bytes)
+
+
+def _refused(message: RawMessage, error: InvalidEvent) -> Refused:
+    return Refused(
+        queue=message.queue,
+        body=message.body,
+        headers=message.headers,
+        properties=message.properties,
+        reason=error.reason,
+        field=error.field,
+        trace_id=inbound.trace_id({}, message.headers),
+    )

@@ -1,0 +1,377 @@
+"""The intake: a bootstep of the ordinary Celery worker that turns raw queue messages into tasks.
+
+Foreign services publish plain JSON and know nothing of Celery. The intake consumes their queues on a
+channel of its own, collects messages into batches, and hands each batch to the worker as one request of
+the registered task `positions.apply_events`, through the very function Celery uses for its own messages:
+pool, events, Flower, time limits and logging follow. The messages behind a batch are acknowledged when,
+and only when, the task has returned, which is after its transaction was committed.
+
+What a batch that failed means:
+
+=========================================  =====================================================
+the database is away (`Unavailable`)       held here, tried again after a growing wait
+`ConcurrencyConflict`                      back to the queue
+its process was lost, a time limit, or     each message travels alone, so that one poison message
+an unexpected error                        takes no neighbour down; a message that failed alone
+                                           `ALONE_ATTEMPTS` times is put into quarantine
+the connection to the broker was lost      nothing: the broker delivers again, the ledger knows
+=========================================  =====================================================
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from logging import Logger
+from typing import Any
+
+import structlog
+from celery import bootsteps
+from celery.exceptions import TimeLimitExceeded
+from celery.worker.request import Request
+from kombu.utils.uuid import uuid
+
+from positions.errors import ConcurrencyConflict, Unavailable
+from positions.settings import Settings
+from positions.tasks import resources
+from positions.tasks.events import TASK_NAME, RawMessage
+
+log = structlog.get_logger(__name__)
+
+ALONE_ATTEMPTS = 3
+# A batch is also full at this size: it travels through a pipe to the pool in one piece.
+BATCH_BYTES_MAX = 1_000_000
+HOLD_FIRST_S, HOLD_MAX_S = 0.5, 5.0
+# Longer than a task may take (its hard limit), so that a clean stop leaves nothing half done.
+DRAIN_S = 35.0
+
+
+class BatchRequest(Request):  # type: ignore[misc] # Celery has no types
+    """A request whose message is a :class:`Batch`."""
+
+    def revoked(self) -> bool:
+        """Events are never revoked: a revoked request is acknowledged, and the events would be lost."""
+        return False
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        # Somebody terminated the task by hand. The base class would acknowledge.
+        del reason, terminated, signum, expired
+        self.reject(requeue=True)
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
+        failure = exc_info.exception
+        self.message.failure = getattr(failure, "exc", failure)
+        super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        if not soft:
+            self.message.failure = TimeLimitExceeded(timeout)
+        super().on_timeout(soft, timeout)
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """What `inspect` shows: never the payloads."""
+        del safe
+        return {**super().info(safe=True), "args": self.argsrepr, "kwargs": self.kwargsrepr}
+
+
+class Batch:
+    """Messages that travel as one task; for Celery, a message of its own protocol.
+
+    The headers name our task, always: whatever headers a foreign message has, it is data.
+    """
+
+    content_type = content_encoding = None  # the body is Python data already, there is nothing to decode
+
+    def __init__(
+        self,
+        intake: "Intake",
+        messages: Sequence[RawMessage],
+        tags: Sequence[Any],
+        *,
+        attempts: int = 0,
+        park: str | None = None,
+    ) -> None:
+        self.messages, self.tags, self.attempts = messages, tags, attempts
+        self.failure: BaseException | None = None
+        self.held_s = 0.0
+        self.id = uuid()
+        self.settlement = intake.settlement
+        self._intake = intake
+        by_queue = ", ".join(
+            f"{count} {queue}" for queue, count in Counter(m.queue for m in messages).items()
+        )
+        self.headers = {
+            "lang": "py",
+            "task": TASK_NAME,
+            "id": self.id,
+            "root_id": self.id,
+            "parent_id": None,
+            "argsrepr": f"<{by_queue}>",
+            "kwargsrepr": repr({"park": park} if park else {}),
+            "origin": "intake",
+            "ignore_result": True,
+        }
+        self.properties: dict[str, Any] = {}
+        self.delivery_info = {"exchange": "", "routing_key": "intake", "redelivered": attempts > 0}
+        self.body: tuple[Any, ...]
+        self.body = self.payload = ((tuple(messages),), {"park": park}, {})
+
+    def ack_log_error(self, logger: Logger, errors: Any, multiple: bool = False) -> None:
+        """Called by Celery when the task has succeeded."""
+        del logger, errors, multiple
+        self._intake.succeeded(self)
+
+    def reject_log_error(self, logger: Logger, errors: Any, requeue: bool = False) -> None:
+        """Called by Celery when the task has failed, for whatever reason."""
+        del logger, errors, requeue
+        self._intake.failed(self)
+
+
+class Settlement:
+    """The deliveries of one channel that are neither acknowledged nor given back.
+
+    One frame acknowledges all up to a tag (`multiple`). RabbitMQ closes the channel (406) unless that tag
+    is still outstanding, and would acknowledge open ones below it: so a tag waits until all before it are
+    settled.
+    """
+
+    def __init__(self, channel: Any, *, multiple: bool) -> None:
+        self.channel = channel
+        self._multiple = multiple
+        self._open: deque[Any] = deque()
+        self._settled: dict[Any, bool] = {}
+
+    def opened(self, tag: Any) -> None:
+        self._open.append(tag)
+
+    def acknowledge(self, tags: Sequence[Any]) -> None:
+        if not self._multiple:
+            for tag in tags:
+                self.channel.basic_ack(tag)
+            return
+        self._settled.update(dict.fromkeys(tags, True))
+        self._advance()
+
+    def give_back(self, tags: Sequence[Any]) -> None:
+        for tag in tags:
+            self.channel.basic_reject(tag, requeue=True)
+        if self._multiple:
+            self._settled.update(dict.fromkeys(tags, False))
+            self._advance()
+
+    def finish(self) -> None:
+        """Acknowledge what waits behind open deliveries, one by one; nothing more will be settled."""
+        for tag, acknowledged in self._settled.items():
+            if acknowledged:
+                self.channel.basic_ack(tag)
+        self._settled.clear()
+
+    def _advance(self) -> None:
+        last = None
+        while self._open and self._open[0] in self._settled:
+            tag = self._open.popleft()
+            if self._settled.pop(tag):
+                last = tag
+        if last is not None:
+            self.channel.basic_ack(last, multiple=True)
+
+
+class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no types
+    """Consumes the foreign queues for as long as the worker's consumer runs."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, consumer: Any, **_: Any) -> None:
+        self.settings: Settings = resources.current().settings
+        self.settlement: Settlement | None = None
+        self._consumer = consumer
+        self._hub: Any = None
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget everything that belongs to a channel: its delivery tags die with it."""
+        self.settlement = None
+        self._tags: list[Any] = []
+        self._messages: list[RawMessage] = []
+        self._bytes = 0
+        self._since = 0.0
+        self._timer_set = False
+        self._ready: deque[Batch] = deque()
+        self._in_flight: set[str] = set()
+
+    def start(self, c: Any) -> None:
+        """Open the channel; consuming begins when the event loop does, or a backlog would find no pool."""
+        for queue in self.settings.queues:
+            _ensure_queue(c.connection, queue)
+        channel = c.connection.channel()
+        channel.auto_decode = False  # py-amqp would turn bodies into str
+        # Enough for every process of the pool, and one batch more that fills meanwhile.
+        channel.basic_qos(0, self.settings.batch_size * (self._capacity(c) + 1), False)
+        self.settlement = Settlement(channel, multiple=c.connection.transport.driver_type == "amqp")
+
+    def register_with_event_loop(self, c: Any, hub: Any) -> None:
+        """Begin to consume."""
+        self._hub = hub
+        if self.settlement is None:
+            return
+        for queue in self.settings.queues:
+            self.settlement.channel.basic_consume(
+                queue,
+                no_ack=False,
+                callback=lambda message, queue=queue: self._received(queue, message),
+                consumer_tag=f"intake.{c.hostname}.{queue}",
+            )
+        log.info("intake_started", queues=self.settings.queues, batch_size=self.settings.batch_size)
+
+    def stop(self, c: Any) -> None:
+        """Stop consuming; in a clean shutdown, wait for the batches that were handed over."""
+        settlement = self.settlement
+        if settlement is not None and c.connection is not None and c.blueprint.state == bootsteps.CLOSE:
+            for queue in self.settings.queues:
+                settlement.channel.basic_cancel(f"intake.{c.hostname}.{queue}")
+            self._drain()
+            settlement.finish()
+        self._reset()
+
+    def shutdown(self, c: Any) -> None:
+        """Close the channel: what was not acknowledged goes back to its queue."""
+        del c
+        self._reset()
+
+    def succeeded(self, batch: Batch) -> None:
+        """Acknowledge the messages of ``batch``."""
+        if batch.settlement is not self.settlement or self.settlement is None:
+            return  # the channel they came on is gone: they are delivered again, and found in the ledger
+        self._in_flight.discard(batch.id)
+        self.settlement.acknowledge(batch.tags)
+        self._hand_over()
+
+    def failed(self, batch: Batch) -> None:
+        """Hold, give back or isolate the messages of ``batch``."""
+        if batch.settlement is not self.settlement or self.settlement is None:
+            return
+        self._in_flight.discard(batch.id)
+        failure, alone = batch.failure, len(batch.messages) == 1
+        fields = {"task_id": batch.id, "messages": len(batch.messages), "reason": str(failure)[:200]}
+        if isinstance(failure, Unavailable):
+            again = Batch(
+                self, batch.messages, batch.tags, attempts=batch.attempts, park=batch.body[1]["park"]
+            )
+            again.held_s = min(batch.held_s * 2 or HOLD_FIRST_S, HOLD_MAX_S)
+            log.warning("batch_held", wait_s=again.held_s, **fields)
+            self._hub.call_later(again.held_s, self._resume, again)
+        elif isinstance(failure, ConcurrencyConflict):
+            log.warning("batch_given_back", **fields)
+            self.settlement.give_back(batch.tags)
+        elif not alone:
+            log.error("batch_isolated", error=type(failure).__name__, **fields)
+            pairs = zip(batch.messages, batch.tags, strict=True)
+            self._ready.extend(Batch(self, [message], [tag]) for message, tag in pairs)
+        else:
+            attempts = batch.attempts + 1
+            park = None
+            if attempts >= ALONE_ATTEMPTS:
+                park = f"failed {attempts} times alone: {type(failure).__name__}: {str(failure)[:200]}"
+            log.error("event_failed_alone", error=type(failure).__name__, attempts=attempts, **fields)
+            self._ready.append(Batch(self, batch.messages, batch.tags, attempts=attempts, park=park))
+        self._hand_over()
+
+    def _received(self, queue: str, message: Any) -> None:
+        """Take one raw message in."""
+        if self.settlement is None:
+            return
+        body = message.body if isinstance(message.body, bytes) else str(message.body or "").encode()
+        properties = dict(message.properties)
+        headers = properties.pop("application_headers", None) or getattr(message, "headers", None) or {}
+        self.settlement.opened(message.delivery_tag)
+        if not self._messages:
+            self._since = time.monotonic()
+        self._tags.append(message.delivery_tag)
+        self._messages.append(RawMessage(queue, body, headers, _plain(properties), datetime.now(UTC)))
+        self._bytes += len(body)
+        if self._full():
+            self._hand_over()
+        if self._messages and not self._timer_set:
+            self._timer_set = True
+            self._hub.call_later(self.settings.batch_wait_ms / 1000, self._waited, self.settlement)
+
+    def _full(self) -> bool:
+        return len(self._messages) >= self.settings.batch_size or self._bytes >= BATCH_BYTES_MAX
+
+    def _waited(self, settlement: Settlement) -> None:
+        if settlement is self.settlement:
+            self._timer_set = False
+            self._hand_over()
+
+    def _resume(self, batch: Batch) -> None:
+        if batch.settlement is self.settlement:
+            self._ready.append(batch)
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give batches to the pool, one for each of its processes; what comes meanwhile fills the next."""
+        capacity = self._capacity(self._consumer)
+        while len(self._in_flight) < capacity:
+            if self._ready:
+                batch = self._ready.popleft()
+            elif self._messages and (
+                self._full() or time.monotonic() - self._since >= self.settings.batch_wait_ms / 1000
+            ):
+                batch = self._cut()
+            else:
+                return
+            self._in_flight.add(batch.id)
+            self._consumer.task_consumer.on_message(batch)
+
+    def _cut(self) -> Batch:
+        """Return the next batch off the buffer."""
+        size = length = 0
+        for message in self._messages[: self.settings.batch_size]:
+            if length and size + len(message.body) > BATCH_BYTES_MAX:
+                break
+            size, length = size + len(message.body), length + 1
+        batch = Batch(self, self._messages[:length], self._tags[:length])
+        del self._messages[:length], self._tags[:length]
+        self._bytes -= size
+        return batch
+
+    def _drain(self) -> None:
+        """Run the event loop until every batch the pool has begun is settled.
+
+        Without this, a warm shutdown would leave a batch half written to a child's pipe, with worker and
+        child waiting for each other for ever.
+        """
+        self._messages.clear()
+        self._ready.clear()
+        deadline = time.monotonic() + DRAIN_S
+        while self._in_flight and self._hub is not None and time.monotonic() < deadline:
+            self._hub.call_later(0.1, lambda: None)  # so that the loop comes back
+            self._hub.run_once()
+
+    def _capacity(self, c: Any) -> int:
+        return int(getattr(c.pool, "num_processes", None) or c.controller.concurrency or 1)
+
+
+def _ensure_queue(connection: Any, queue: str) -> None:
+    """Declare ``queue`` only if it is missing: its owner may have declared it with arguments of his own."""
+    try:
+        with connection.channel() as channel:
+            channel.queue_declare(queue=queue, passive=True)
+    except connection.channel_errors:
+        with connection.channel() as channel:
+            channel.queue_declare(queue=queue, durable=True, auto_delete=False)
+        log.info("queue_declared", queue=queue)
+
+
+def _plain(properties: dict[str, Any]) -> dict[str, Any]:
+    """Return the AMQP properties a message was published with; kombu's virtual transports add their own."""
+    known = (
+        "content_type",
+        "content_encoding",
+        "message_id",
+        "timestamp",
+        "type",
+        "app_id",
+        "correlation_id",
+    )
+    return {name: properties[name] for name in known if properties.get(name) is not None}

@@ -100,7 +100,7 @@ def _unrealized(state: State, name: LegName, held: Held, mark: Mark | None) -> D
             return report.unrealized
     if mark is None or not leg.cost:
         return ZERO
-    return rounded(leg.size * mark.price - leg.cost.copy_sign(leg.size))
+    return rounded(leg.size * mark.price - (leg.cost if leg.size > 0 else -leg.cost))
 
 
 def position_exposure(size: Decimal, price: Decimal | None) -> Decimal | None:

@@ -4,7 +4,7 @@ Every function here must run inside :func:`positions.domain.numbers.exact`.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from positions.domain.events import Entry, Kind, LegName
 from positions.domain.leg import Fill, FillOrder
@@ -39,6 +39,25 @@ def fills_of(entries: Iterable[Entry]) -> list[Fill]:
         fills.extend(_implied(of_order, executions[order]))
     fills.sort(key=lambda fill: fill.order)
     return fills
+
+
+def new_fills(new: Sequence[Entry], of_orders: Sequence[Entry]) -> list[Fill] | None:
+    """Return the fills that ``new`` entries add, sorted; None where they change a fill already implied.
+
+    Args:
+        new: new entries of one position.
+        of_orders: all entries, the new ones included, of those of its orders that have order reports.
+    """
+    if not any(entry.order_id for entry in of_orders):
+        return fills_of(new)
+    keys = {entry.key for entry in new}
+    reported = {entry.order_id for entry in of_orders}
+    before = fills_of(entry for entry in of_orders if entry.key not in keys)
+    after = fills_of([*of_orders, *(entry for entry in new if entry.order_id not in reported)])
+    known = set(before)
+    if not known.issubset(after):
+        return None
+    return [fill for fill in after if fill not in known]
 
 
 def _direct(entry: Entry) -> Fill:

@@ -11,9 +11,8 @@ from sqlalchemy import Connection
 
 from positions.domain.events import Entry, Event, Kind, PositionKey, Report, TimeSource
 from positions.domain.figures import Figures, figures
-from positions.domain.leg import Fill
 from positions.domain.numbers import exact
-from positions.domain.orders import fills_of
+from positions.domain.orders import fills_of, new_fills
 from positions.domain.position import Policy, State, advanced, refolded, with_report
 from positions.messages.outbound import PositionView
 from positions.messages.published import POSITION_UPDATED, position_updated
@@ -115,7 +114,7 @@ def _changes(
     for key, before in stored.items():
         own = by_position[key]
         state, applied[key] = _with_reports(before.state, reports.get(key, ()), outcome)
-        fills = _new_fills(own, orders.get(key, ()))
+        fills = new_fills(own, orders.get(key, ()))
         if own and fills is not None and not fills:
             # Order reports that add nothing to what the ledger holds of their orders.
             outcome.counts["duplicate"] += len(own)
@@ -158,25 +157,6 @@ def _with_reports(state: State, reports: Sequence[Report], outcome: Outcome) -> 
             fresh.append(report)
     outcome.counts["applied"] += len(fresh)
     return state, fresh
-
-
-def _new_fills(new: Sequence[Entry], of_orders: Sequence[Entry]) -> list[Fill] | None:
-    """Return the fills that ``new`` entries add, sorted; None where they change a fill already implied.
-
-    Args:
-        new: new entries of one position.
-        of_orders: all entries, the new ones included, of those of its orders that have order reports.
-    """
-    if not any(entry.order_id for entry in of_orders):
-        return fills_of(new)
-    keys = {entry.key for entry in new}
-    reported = {entry.order_id for entry in of_orders}
-    before = fills_of(entry for entry in of_orders if entry.key not in keys)
-    after = fills_of([*of_orders, *(entry for entry in new if entry.order_id not in reported)])
-    known = set(before)
-    if not known.issubset(after):
-        return None
-    return [fill for fill in after if fill not in known]
 
 
 def _adjustments(key: PositionKey, before: State, after: State) -> list[Entry]:

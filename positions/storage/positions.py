@@ -1,7 +1,7 @@
 """Stored positions: locked in key order, written where their version still matches."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -99,7 +99,6 @@ def write(connection: Connection, changes: Sequence[tuple[Stored, State, Figures
     """
     if not changes:
         return
-    rows = [asdict(figures) for _, _, figures in changes]
     result = connection.exec_driver_sql(
         _WRITE,
         {
@@ -107,7 +106,7 @@ def write(connection: Connection, changes: Sequence[tuple[Stored, State, Figures
             "version": [stored.version for stored, _, _ in changes],
             "state": [psycopg2.extras.Json(codec.encode(state)) for _, state, _ in changes],
             "last_updated": [now] * len(changes),
-            **{name: [row[name] for row in rows] for name in _FIGURES},
+            **{name: [getattr(figures, name) for _, _, figures in changes] for name in _FIGURES},
         },
     )
     if result.rowcount != len(changes):

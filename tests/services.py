@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import random
 import secrets
 import shutil
 import signal
@@ -20,14 +19,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import ClassVar, Self
 
 import amqp
-import psycopg2
-import redis
 
+from positions.embedded import servers
 from tests import install_services
 
 START_LIMIT_S = 60.0
@@ -60,19 +58,29 @@ class ServiceError(RuntimeError):
     """A server did not start or stop; the message carries the end of its log."""
 
 
-def free_port() -> int:
-    """Return a port nobody listens on, outside the range that outgoing connections are given.
+class Port:
+    """A free port of 127.0.0.1, kept for its server while that is down.
 
-    A client that keeps retrying a dead server on a port of that range may be given the very same port
-    for its own end, connect to itself, and keep the server from coming back.
+    It is outside the range that outgoing connections are given: a client that keeps retrying a dead server
+    there may be given the very same port for its own end, connect to itself, and keep the server out.
     """
-    ephemeral_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for _ in range(100):
-        port = random.randrange(10_000, max(ephemeral_from, 11_000))
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise ServiceError("found no free port in a hundred tries")
+
+    def __init__(self) -> None:
+        ephemeral_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        self._socket = socket.socket()
+        for _ in range(100):
+            # Not from random, which hypothesis seeds the same in every run.
+            self.number = 10_000 + secrets.randbelow(max(ephemeral_from - 10_000, 1000))
+            with suppress(OSError):
+                self._socket.bind(("127.0.0.1", self.number))
+                # From now on the bound socket keeps out all but those who set this too, as servers do.
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                return
+        self._socket.close()
+        raise ServiceError("found no free port in a hundred tries")
+
+    def close(self) -> None:
+        self._socket.close()
 
 
 def wait_until(probe: Callable[[], bool], *, limit_s: float, interval_s: float = 0.02) -> bool:
@@ -122,10 +130,10 @@ class Server(ABC):
 
     name: ClassVar[str]
     stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
-    not_ready: ClassVar[tuple[type[Exception], ...]]
 
     def __init__(self) -> None:
-        self.port = free_port()
+        self._ports = ExitStack()
+        self.port = self.reserve_port()
         self.folder = Path(tempfile.mkdtemp(prefix=f"positions-{self.name}-"))
         # The server may run as another user, who must reach its data below this folder.
         self.folder.chmod(0o711)
@@ -142,8 +150,8 @@ class Server(ABC):
         """Return what runs the server in the foreground."""
 
     @abstractmethod
-    def connect_once(self) -> None:
-        """Open and close a real connection; raise one of ``not_ready`` while that fails."""
+    def why_not_ready(self) -> str | None:
+        """Connect once, as a client would; return what stood in the way."""
 
     def environment(self) -> Mapping[str, str]:
         return os.environ
@@ -174,8 +182,9 @@ class Server(ABC):
         self.prepare()
         self._process = self.spawn(self.command())
         if not wait_until(self._accepts, limit_s=START_LIMIT_S):
+            reason = self.why_not_ready()
             self.kill()
-            raise self.failure(f"was not ready after {START_LIMIT_S:.0f} s")
+            raise self.failure(f"was not ready after {START_LIMIT_S:.0f} s ({reason})")
 
     def stop(self) -> None:
         """Ask the server to end and wait until it has."""
@@ -212,6 +221,7 @@ class Server(ABC):
         try:
             self.stop()
         finally:
+            self._ports.close()
             shutil.rmtree(self.folder)
 
     def __enter__(self) -> Self:
@@ -224,6 +234,9 @@ class Server(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def reserve_port(self) -> int:
+        return self._ports.enter_context(closing(Port())).number
 
     def spawn(self, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
         """Run a command that ends with this process, its output appended to the log."""
@@ -250,11 +263,7 @@ class Server(ABC):
             code = self._process.wait() if self._process else None
             self._process = None
             raise self.failure(f"ended while it started (status {code})")
-        try:
-            self.connect_once()
-        except self.not_ready:
-            return False
-        return True
+        return self.why_not_ready() is None
 
     def _bury(self, children: Sequence[int]) -> None:
         _kill(children)
@@ -263,118 +272,75 @@ class Server(ABC):
 
 
 class PostgreSQL(Server):
-    """PostgreSQL as it runs in production: fsync and synchronous_commit are on."""
+    """The embedded default's PostgreSQL, which syncs every commit, run from the machine's programs."""
 
     name = "postgres"
     stop_signal = signal.SIGINT  # "fast": open sessions are ended, not waited for
-    not_ready = (psycopg2.OperationalError,)
 
     def __init__(self) -> None:
         super().__init__()
-        self.password = secrets.token_hex(16)
-        self.data = self.folder / "data"
-        self._programs = install_services.postgres_programs()
+        self._user = servers.unprivileged_user()
+        self._server = servers.Postgres(
+            programs=install_services.postgres_programs(self._user, self.folder),
+            data=self.folder / "data",
+            port=self.port,
+            password=secrets.token_hex(16),
+            user=self._user,
+        )
 
     @property
     def owner(self) -> tuple[int, int]:
-        if os.getuid():
+        if not self._user:
             return super().owner
-        for user in ("postgres", "nobody"):
-            with suppress(KeyError):
-                found = pwd.getpwnam(user)
-                return found.pw_uid, found.pw_gid
-        raise ServiceError("postgres refuses to run as root, and this machine has no other user to run it")
+        entry = pwd.getpwnam(self._user)
+        return entry.pw_uid, entry.pw_gid
 
     @property
     def url(self) -> str:
-        return self.database_url("postgres")
-
-    def database_url(self, database: str) -> str:
-        return f"postgresql+psycopg2://postgres:{self.password}@127.0.0.1:{self.port}/{database}"
+        # SQLAlchemy 2.1 takes a URL without a driver for psycopg 3.
+        return self._server.url("postgres").replace("postgresql://", "postgresql+psycopg2://")
 
     def prepare(self) -> None:
-        if self.data.exists():
-            return
-        self.data.mkdir(mode=0o700)
-        os.chown(self.data, *self.owner)
-        password = self.folder / "password"
-        password.write_text(self.password)
-        password.chmod(0o600)
-        os.chown(password, *self.owner)
-        initdb = self.spawn([
-            self._programs / "initdb",
-            # Spares a sync of the empty cluster; what the server commits later is synced.
-            "--no-sync",
-            "--auth=scram-sha-256",
-            "--username=postgres",
-            f"--pwfile={password}",
-            "--encoding=UTF8",
-            "--locale=C",
-            f"--pgdata={self.data}",
-        ])  # fmt: skip
-        try:
-            code = initdb.wait(START_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            initdb.kill()
-            code = initdb.wait()
-        if code:
-            raise self.failure(f"could not create its cluster (initdb: {code})")
+        self._server.prepare()
 
     def command(self) -> Sequence[str | Path]:
-        settings = {
-            "listen_addresses": "127.0.0.1",
-            "port": str(self.port),
-            "unix_socket_directories": "",
-            "shared_buffers": "32MB",
-            "timezone": "UTC",
-        }
-        options = [f"--{name}={value}" for name, value in settings.items()]
-        return [self._programs / "postgres", "-D", self.data, *options]
+        return self._server.command()
 
-    def connect_once(self) -> None:
-        with closing(
-            psycopg2.connect(
-                host="127.0.0.1",
-                port=self.port,
-                user="postgres",
-                password=self.password,
-                dbname="postgres",
-                connect_timeout=2,
-            )
-        ):
-            pass
+    def why_not_ready(self) -> str | None:
+        return self._server.why_not_ready()
 
 
 class Redis(Server):
-    """Redis, or Valkey, as a cache: nothing is kept over a restart."""
+    """The embedded default's Valkey, run from the machine's programs (or Redis's)."""
 
     name = "redis"
-    not_ready = (redis.ConnectionError, redis.TimeoutError)
     databases = 16
 
     def __init__(self) -> None:
+        program = install_services.redis_program()
         super().__init__()
-        self.password = secrets.token_hex(16)
-        self._program = install_services.redis_program()
+        self._server = servers.Valkey(
+            program=program,
+            data=self.folder / "data",
+            port=self.port,
+            password=secrets.token_hex(16),
+        )
 
     @property
     def url(self) -> str:
-        return f"redis://:{self.password}@127.0.0.1:{self.port}/0"
+        return self.database_url(0)
+
+    def database_url(self, number: int) -> str:
+        return self._server.url(number % self.databases)
 
     def prepare(self) -> None:
-        config = self.folder / "redis.conf"
-        config.touch(0o600)  # a password on the command line would be everyone's to read
-        config.write_text(
-            f"bind 127.0.0.1\nport {self.port}\nrequirepass {self.password}\ndatabases {self.databases}\n"
-            f'save ""\nappendonly no\ndir {self.folder}\n'
-        )
+        self._server.prepare()
 
     def command(self) -> Sequence[str | Path]:
-        return [self._program, self.folder / "redis.conf"]
+        return self._server.command()
 
-    def connect_once(self) -> None:
-        with redis.Redis.from_url(self.url, socket_timeout=2, socket_connect_timeout=2) as client:
-            client.ping()
+    def why_not_ready(self) -> str | None:
+        return self._server.why_not_ready()
 
 
 class RabbitMQ(Server):
@@ -385,15 +351,14 @@ class RabbitMQ(Server):
     """
 
     name = "rabbitmq"
-    not_ready = (OSError, amqp.AMQPError)
 
     def __init__(self, config: Mapping[str, str] | None = None) -> None:
+        self._programs = install_services.rabbitmq_programs()
         super().__init__()
         self._config = dict(config or {})
-        self._distribution_port = free_port()
-        self._epmd_port = free_port()
+        self._distribution_port = self.reserve_port()
+        self._epmd_port = self.reserve_port()
         self._epmd: subprocess.Popen[bytes] | None = None
-        self._programs = install_services.rabbitmq_programs()
 
     @property
     def url(self) -> str:
@@ -450,9 +415,12 @@ class RabbitMQ(Server):
     def command(self) -> Sequence[str | Path]:
         return [self._programs.server]
 
-    def connect_once(self) -> None:
-        with amqp.Connection(f"127.0.0.1:{self.port}", connect_timeout=2, read_timeout=10):
-            pass
+    def why_not_ready(self) -> str | None:
+        try:
+            with amqp.Connection(f"127.0.0.1:{self.port}", connect_timeout=2, read_timeout=10):
+                return None
+        except (OSError, amqp.AMQPError) as error:
+            return str(error)
 
     def close(self) -> None:
         try:
@@ -488,11 +456,20 @@ class RabbitMQ(Server):
             f'ok = rabbit_auth_backend_internal:set_permissions(<<"guest">>, <<"{name}">>,'
             ' <<".*">>, <<".*">>, <<".*">>, <<"tests">>)'
         )
+        self.sync_definitions()
         return self.vhost_url(name)
 
     def delete_vhost(self, name: str) -> None:
         """Delete a virtual host with its queues, and close its connections."""
         self.evaluate(f'rabbit_vhost:delete(<<"{name}">>, <<"tests">>)')
+
+    def sync_definitions(self) -> None:
+        """Bring vhosts, queues and bindings to disk, as they would be after two seconds.
+
+        RabbitMQ confirms a message when it is on disk, but a declaration before: a kill -9 may forget a
+        durable queue that was just declared, with the confirmed messages in it.
+        """
+        self.evaluate("mnesia:sync_log()")
 
     def _epmd_listens(self) -> bool:
         with socket.socket() as probe:

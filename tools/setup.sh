@@ -49,7 +49,8 @@ step() {
     ) 9<&- &
     ticker=$!
     status=0
-    "$@" >"$output" 2>&1 9<&- || status=$?
+    # It keeps the lock of the checkout, so that the next set-up waits for what a kill -9 orphaned.
+    "$@" >"$output" 2>&1 || status=$?
     kill $ticker 2>/dev/null || :
     wait $ticker 2>/dev/null || :
     [ ! -t 1 ] || echo
@@ -134,7 +135,7 @@ fi
 
 lock=$(lock_file "$kind")
 packages=$(grep -c '^[a-z].*==' "$lock")
-if [ -e .venv/unfinished ] || ! can "$python" pip || ! grep -qF "$here/.venv" .venv/bin/activate; then
+if [ -e .venv/unfinished ] || ! can "$python" pip || ! grep -qsF "$here/.venv" .venv/bin/activate; then
     choose_python
     make_venv || die "The virtual environment could not be made."
 fi

@@ -20,8 +20,7 @@ _PR_SET_PDEATHSIG = 1
 
 def command(record: Path, program: Sequence[str], *, stop_signal: str, user: str | None) -> list[str]:
     """Return the command that runs ``program`` as a recorded child."""
-    # -P: a file in the current folder must not stand in for a module.
-    return [sys.executable, "-P", "-m", __name__, str(record), stop_signal, user or "", *program]
+    return [sys.executable, "-m", __name__, str(record), stop_signal, user or "", *program]
 
 
 def started(pid: int) -> str | None:

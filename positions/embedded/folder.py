@@ -56,6 +56,10 @@ class Folder:
         self._kept = path / "secrets.json"
         self._values: dict[str, str] = json.loads(self._kept.read_text()) if self._kept.exists() else {}
 
+    def close(self) -> None:
+        """Let another process open it."""
+        os.close(self._lock)
+
     def secret(self, name: str) -> str:
         """Return the secret of this name, made when first asked for and kept."""
         if name not in self._values:

@@ -197,7 +197,7 @@ class Up:
             self._supervisord = subprocess.Popen(  # noqa: S603 - the words are ours
                 children.command(
                     self._folder.run / "supervisord.pid",
-                    [sys.executable, "-P", "-m", "supervisor.supervisord", "-c", str(file)],
+                    [sys.executable, "-m", "supervisor.supervisord", "-c", str(file)],
                     stop_signal="TERM",
                     user=None,
                 ),
@@ -210,7 +210,7 @@ class Up:
             )
 
     def _app(self) -> dict[str, list[str]]:
-        python = [sys.executable, "-P", "-m"]
+        python = [sys.executable, "-m"]
         celery = [*python, "celery", "-A", "celery_app"]
         schedule = self._folder.path / "beat-schedule"
         app = {
@@ -242,7 +242,7 @@ class Up:
     def _migrate(self) -> None:
         try:
             done = subprocess.run(
-                [sys.executable, "-P", "-m", "positions.cli", "migrate"],
+                [sys.executable, "-m", "positions.cli", "migrate"],
                 env=self._environ,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -75,11 +75,10 @@ def dict_config(settings: Settings) -> dict[str, Any]:
         "root": {"handlers": ["stderr"], "level": settings.log_level},
         "loggers": {
             **{name: {"level": "WARNING"} for name in _NOISY},
-            # gunicorn gives its loggers handlers of their own, which this takes away.
-            **{
-                name: {"handlers": [], "propagate": True, "level": settings.log_level}
-                for name in ("gunicorn.error", "gunicorn.access")
-            },
+            # gunicorn gives its loggers handlers of their own, which this takes away. Of a request the
+            # application says more than gunicorn's access log, which a configuration turns on.
+            "gunicorn.error": {"handlers": [], "propagate": True, "level": settings.log_level},
+            "gunicorn.access": {"handlers": [], "propagate": False, "level": "CRITICAL"},
         },
     }
 

@@ -59,7 +59,7 @@ class PositionView:
     @classmethod
     def of(
         cls,
-        row: Mapping[str, Any],
+        row: Mapping[Any, Any],
         *,
         portfolio_exposure: Decimal,
         now: datetime,
@@ -76,14 +76,15 @@ class PositionView:
         size, price = row["size"], row["current_price"]
         with exact():
             gross = position_exposure(row["long_size"] - row["short_size"], price)
+            net = None if gross is None else position_exposure(abs(size), price)
             return cls(
-                **{name: row[name] for name in _STORED},
+                **{name: row[name] for name in STORED},
                 price_is_stale=price is not None and is_stale(row["current_price_at"], now, stale_after),
                 unrealized_pnl_pct=unrealized_pct(
                     row["unrealized_pnl"], size, row["average_entry_price"], gross
                 ),
                 time_held_minutes=minutes_held(row["opened_at"], now),
-                position_size_norm=size_norm(position_exposure(abs(size), price), portfolio_exposure),
+                position_size_norm=size_norm(net, portfolio_exposure),
             )
 
     @classmethod
@@ -117,7 +118,8 @@ class PositionView:
 
 _DERIVED = {"price_is_stale", "unrealized_pnl_pct", "time_held_minutes", "position_size_norm"}
 _FIELDS = tuple(field.name for field in fields(PositionView))
-_STORED = tuple(name for name in _FIELDS if name not in _DERIVED)
+STORED = tuple(name for name in _FIELDS if name not in _DERIVED)
+"""The columns that a view shows as they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,18 +163,34 @@ class PortfolioView:
     calculated_at: datetime
 
     @classmethod
-    def of(cls, sums: Iterable[Mapping[str, Any]], *, max_exposure: Decimal | None, now: datetime) -> Self:
-        """Return the view of the sums by asset (`positions.storage.portfolio.sums_by_asset`)."""
-        rows = list(sums)
+    def of(
+        cls,
+        sums: Iterable[Mapping[Any, Any]],
+        *,
+        max_exposure: Decimal | None,
+        now: datetime,
+        asset: str | None = None,
+    ) -> Self:
+        """Return the view of the sums by asset (`positions.storage.portfolio.sums_by_asset`).
+
+        Args:
+            sums: of all assets, also where only one is asked for: the limit is the whole portfolio's.
+            max_exposure: the limit in USDT; None for none.
+            now: the moment the view is taken.
+            asset: the one asset to add up; None for all.
+        """
+        everything = list(sums)
+        rows = [row for row in everything if asset in {None, row["asset"]}]
 
         def all_of(column: str) -> Decimal:
             return total(row[column] for row in rows)
 
         with exact():
-            exposure, net = all_of("exposure"), all_of("net_exposure")
+            whole = total(row["exposure"] for row in everything)
+            net = all_of("net_exposure")
             unrealized, realized = all_of("unrealized_pnl"), all_of("realized_pnl")
             return cls(
-                total_exposure_usdt=exposure,
+                total_exposure_usdt=all_of("exposure"),
                 net_exposure_usdt=net,
                 portfolio_value_usdt=net,
                 total_unrealized_pnl_usdt=unrealized,
@@ -194,7 +212,7 @@ class PortfolioView:
                     )
                     for row in rows
                 },
-                limit_exceeded=max_exposure is not None and exposure > max_exposure,
+                limit_exceeded=max_exposure is not None and whole > max_exposure,
                 unpriced_assets=tuple(row["asset"] for row in rows if row["unpriced"]),
                 stale_assets=tuple(row["asset"] for row in rows if row["stale"]),
                 calculated_at=now,

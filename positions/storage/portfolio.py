@@ -9,11 +9,12 @@ from positions.storage.tables import Amount, positions
 
 _NOTHING = literal(0, Amount)
 _gross_size = positions.c.long_size - positions.c.short_size
-_open = _gross_size != 0
+is_open = _gross_size != 0
+"""True of a position with any leg that is not flat."""
 _priced = positions.c.current_price.is_not(None)
 # A flat position is worth 0 at whatever price; an open one without a price is left out of a sum (NULL).
-_exposure = case((_open, _gross_size * positions.c.current_price), else_=_NOTHING)
-_net_exposure = case((_open, positions.c.size * positions.c.current_price), else_=_NOTHING)
+_exposure = case((is_open, _gross_size * positions.c.current_price), else_=_NOTHING)
+_net_exposure = case((is_open, positions.c.size * positions.c.current_price), else_=_NOTHING)
 
 GROSS_EXPOSURE = select(func.coalesce(func.sum(_exposure), _NOTHING))
 """Gross exposure of all priced positions in USDT, as one number."""
@@ -47,11 +48,11 @@ def sums_by_asset(connection: Connection, *, stale_before: datetime) -> Sequence
                         "realized_adjustment",
                     )
                 ),
-                func.count().filter(_open).label("open_count"),
+                func.count().filter(is_open).label("open_count"),
                 func.count().filter(positions.c.size > 0).label("long_count"),
                 func.count().filter(positions.c.size < 0).label("short_count"),
-                func.bool_or(and_(_open, ~_priced)).label("unpriced"),
-                func.bool_or(and_(_open, _priced, or_(at.is_(None), at < stale_before))).label("stale"),
+                func.bool_or(and_(is_open, ~_priced)).label("unpriced"),
+                func.bool_or(and_(is_open, _priced, or_(at.is_(None), at < stale_before))).label("stale"),
             )
             .group_by(positions.c.asset)
             .order_by(positions.c.asset)

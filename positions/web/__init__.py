@@ -1,0 +1,67 @@
+"""The REST API: `create_app` is its root."""
+
+from flask import Flask, Response, request
+from flask.json.provider import DefaultJSONProvider
+from werkzeug.exceptions import RequestEntityTooLarge, RequestURITooLarge
+
+from positions import log_config
+from positions.settings import Settings, load
+from positions.web import auth, health, portfolio, positions, problems, resources, tracing
+
+# Nothing we take is longer. gunicorn bounds the request line and the headers before we see them.
+BODY_MAX_BYTES = 64 * 1024
+QUERY_MAX_BYTES = 2048
+
+
+class _JSON(DefaultJSONProvider):
+    # The order of the contract.
+    sort_keys = False
+
+
+def create_app(settings: Settings | None = None) -> Flask:
+    """Return the web application; nothing is connected before the first request.
+
+    Args:
+        settings: of the caller, who has set up logging then; None reads the environment.
+
+    Raises:
+        SettingsError: a setting is wrong, or there is no API key.
+    """
+    if settings is None:
+        settings = load()
+        log_config.configure(settings)
+    app = Flask("positions", static_folder=None)
+    app.json = _JSON(app)
+    app.config["MAX_CONTENT_LENGTH"] = BODY_MAX_BYTES
+    # What is one address to a client is one address: no redirects between spellings.
+    app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False
+    app.extensions[resources.NAME] = resources.made_from(settings)
+    problems.init(app)
+    tracing.init(app)  # before what may refuse a request, so that the refusal is traced too
+    app.before_request(_refuse_oversized)
+    auth.init(app, settings)
+    app.after_request(_with_safe_headers)
+    app.register_blueprint(health.blueprint)
+    app.register_blueprint(positions.blueprint, url_prefix="/api/v1")
+    app.register_blueprint(portfolio.blueprint, url_prefix="/api/v1")
+    return app
+
+
+def _refuse_oversized() -> None:
+    if len(request.query_string) > QUERY_MAX_BYTES:
+        raise RequestURITooLarge
+    # Flask looks at the length only once a view reads the body.
+    if (request.content_length or 0) > BODY_MAX_BYTES:
+        raise RequestEntityTooLarge
+
+
+def _with_safe_headers(response: Response) -> Response:
+    headers = response.headers
+    headers["X-Content-Type-Options"] = "nosniff"
+    headers["X-Frame-Options"] = "DENY"
+    headers["Referrer-Policy"] = "no-referrer"
+    # Money and positions stay out of every cache on the way; a page may say otherwise of itself.
+    headers.setdefault("Cache-Control", "no-store")
+    headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+    return response

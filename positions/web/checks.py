@@ -1,0 +1,107 @@
+"""Whether broker and cache can be reached: asked with short timeouts, the answer kept for a moment."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import redis
+import structlog
+from kombu import Connection
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from positions.storage.broker import is_redis
+
+log = structlog.get_logger(__name__)
+Answer = TypeVar("Answer")
+
+TIMEOUT_S = 0.5
+KEPT_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Queue:
+    """How a queue stands; one that does not exist is empty."""
+
+    name: str
+    messages: int
+    consumers: int | None
+    """None where the broker cannot tell: Redis."""
+
+
+class Checks:
+    """The checks of one process."""
+
+    def __init__(self, *, broker: str, queues: Iterable[str], cache: str) -> None:
+        names = tuple(queues)
+        self.queues = Recent(lambda: queues_at(broker, names))
+        """The foreign queues; None while the broker is away."""
+        self.cache = Recent(lambda: answers(cache))
+
+
+class Recent(Generic[Answer]):
+    """What ``ask`` answered at most `KEPT_S` seconds ago, however many threads want to know."""
+
+    def __init__(self, ask: Callable[[], Answer], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ask = ask
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._last: tuple[Answer, float] | None = None
+
+    def __call__(self) -> Answer:
+        # One thread asks, the others wait for its answer, which the timeouts bound.
+        with self._lock:
+            if self._last is None or self._clock() - self._last[1] > KEPT_S:
+                self._last = self._ask(), self._clock()
+            return self._last[0]
+
+
+def queues_at(broker: str, names: Iterable[str]) -> tuple[Queue, ...] | None:
+    """Return how the queues stand, by declaring them passively; None where the broker does not answer."""
+    redis_broker = is_redis(broker)
+    options = (
+        {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S}
+        if redis_broker
+        else {"read_timeout": TIMEOUT_S, "write_timeout": TIMEOUT_S}
+    )
+    client = Connection(broker, connect_timeout=TIMEOUT_S, transport_options=options)
+    transport = client.transport
+    found = []
+    try:
+        # Not through the client, which would try again after two seconds.
+        connection = transport.establish_connection()
+        try:
+            for name in names:
+                # A channel each: a passive declare of what does not exist closes its channel.
+                channel = transport.create_channel(connection)
+                try:
+                    state = channel.queue_declare(name, passive=True)
+                    messages, consumers = state.message_count, state.consumer_count
+                except client.channel_errors:
+                    messages, consumers = 0, 0
+                found.append(
+                    Queue(name=name, messages=messages, consumers=None if redis_broker else consumers)
+                )
+        finally:
+            transport.close_connection(connection)
+    except (*client.connection_errors, *client.channel_errors) as error:
+        log.warning("broker_unreachable", reason=type(error).__name__)
+        return None
+    return tuple(found)
+
+
+def answers(cache: str) -> bool:
+    """Tell whether the cache answers."""
+    try:
+        with redis.Redis.from_url(
+            cache,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+        ) as client:
+            return bool(client.ping())
+    except redis.RedisError as error:
+        log.warning("cache_unreachable", reason=type(error).__name__)
+        return False

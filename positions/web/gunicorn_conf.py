@@ -1,0 +1,62 @@
+"""gunicorn's configuration: ``gunicorn -c python:positions.web.gunicorn_conf 'positions.web:create_app()'``.
+
+Each module-level name that gunicorn knows is one of its settings.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import structlog
+from gunicorn.http import wsgi
+
+from positions import log_config
+from positions.settings import SettingsError, load, unknown
+from positions.web.auth import required_key
+
+try:
+    _settings = load()
+    # Said once, here, and not by each worker that fails to boot.
+    required_key(_settings)
+except SettingsError as error:
+    sys.exit(f"positions: {error}")
+
+log_config.configure(_settings)
+for _name, _nearest in unknown(os.environ).items():
+    structlog.get_logger(__name__).warning("setting_unknown", variable=_name, did_you_mean=_nearest)
+
+bind = f"{_settings.host}:{_settings.port}"
+workers = _settings.web_workers
+# Requests wait for the database, not for the processor: threads, each with a connection of its own.
+worker_class = "gthread"
+threads = _settings.web_threads
+
+# A worker whose main loop is stuck for this long is replaced. It does not bound a request: that is for
+# the statement and connect timeouts.
+timeout = 30
+# Below the ten seconds that Docker leaves before it kills.
+graceful_timeout = 8
+# Longer than pollers pause between two requests, so that they need no new connection for each.
+keepalive = 5
+
+# No client of ours sends as much. What is longer than gunicorn takes (8190 is its most) is refused as
+# HTML; a query that is merely too long, by us, as a problem document.
+limit_request_line = 8190
+limit_request_fields = 50
+limit_request_field_size = 8190
+
+# Whatever may leak somewhere below us stays small; jitter, so that not all workers leave at once.
+max_requests = 100_000
+max_requests_jitter = 10_000
+
+# The heartbeat is a file: on a disk that stalls, a healthy worker would be taken for stuck.
+worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - gunicorn makes its own file
+
+# Its own lines in our format; of each request the application writes one, with its trace id.
+logconfig_dict = log_config.dict_config(_settings)
+loglevel = _settings.log_level.lower()
+
+# What serves us and in which version is nobody's business. There is no setting for it.
+wsgi.SERVER = _settings.service_name
+# A socket that commands this process, in the home folder of whoever runs it: nothing of ours uses it.
+control_socket_disable = True

@@ -1,0 +1,60 @@
+"""The trace id of a request, and the one line that is logged of it."""
+
+import re
+import time
+from uuid import uuid4
+
+import structlog
+from flask import Flask, Response, g, request
+from werkzeug.datastructures import Headers
+
+log = structlog.get_logger(__name__)
+
+_TRACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+# W3C Trace Context: later versions may add to the end, ff is no version, ids of zeros only are no ids.
+_TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?"
+)
+
+
+def init(app: Flask) -> None:
+    """Give every request of ``app`` a trace id and a line in the log."""
+    app.before_request(_begin)
+    app.after_request(_end)
+    app.teardown_request(_forget)
+
+
+def trace_id_of(headers: Headers) -> str:
+    """Return the trace id in the headers of a request, where well-formed, or a new one."""
+    given = headers.get("X-Trace-Id", "")
+    if _TRACE_ID.fullmatch(given):
+        return given
+    parent = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+    return parent[1] if parent else uuid4().hex
+
+
+def _begin() -> None:
+    g.began_at = time.perf_counter()
+    g.trace_id = trace_id_of(request.headers)
+    structlog.contextvars.bind_contextvars(trace_id=g.trace_id)
+
+
+def _end(response: Response) -> Response:
+    response.headers["X-Trace-Id"] = g.trace_id
+    log.log(
+        30 if response.status_code >= 500 else 20,
+        "request_served",
+        method=request.method,
+        # The pattern: a path may be anything a client makes up.
+        route=request.url_rule.rule if request.url_rule else None,
+        status=response.status_code,
+        duration_ms=round((time.perf_counter() - g.began_at) * 1000, 3),
+        key_name=g.get("key_name"),
+        client=request.remote_addr,
+    )
+    return response
+
+
+def _forget(_error: BaseException | None) -> None:
+    # A thread serves many requests, and logs between them.
+    structlog.contextvars.clear_contextvars()

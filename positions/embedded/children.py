@@ -75,7 +75,7 @@ def reap(folder: Path, first: str, *, grace_s: float) -> int:
 
 
 def _read(record: Path) -> tuple[int, str, str] | None:
-    # A kill -9 may leave an empty record: of a child that had not begun.
+    # A power cut may leave an empty record.
     words = record.read_text().split()
     return (int(words[0]), words[1], words[2]) if len(words) == 3 else None
 
@@ -97,7 +97,9 @@ def _wait(records: dict[Path, tuple[int, str, str]], limit_s: float) -> None:
 
 
 def _become(record: Path, stop_signal: str, user: str, program: list[str]) -> None:
-    record.write_text(f"{os.getpid()} {started(os.getpid())} {stop_signal}\n")
+    whole = record.with_suffix(".new")
+    whole.write_text(f"{os.getpid()} {started(os.getpid())} {stop_signal}\n")
+    whole.replace(record)
     if user:
         entry = pwd.getpwnam(user)
         os.setgroups([])

@@ -9,6 +9,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -119,9 +120,11 @@ class Postgres:
                 cursor.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
 
     def _create(self) -> None:
-        half_made = self.data.with_name(f"{self.data.name}.half-made")
-        shutil.rmtree(half_made, ignore_errors=True)
-        half_made.mkdir(mode=0o700)
+        prefix = f"{self.data.name}.half-made."
+        for left in self.data.parent.glob(f"{prefix}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        # Never the same name: an initdb that a kill -9 of its parent left alone still writes to its own.
+        half_made = Path(tempfile.mkdtemp(prefix=prefix, dir=self.data.parent))
         _give(half_made, self.user)
         password = self.data.with_name(f"{self.data.name}.password")
         _write_private(password, self.password, self.user)

@@ -27,7 +27,7 @@ SERVERS_LIMIT_S = 120  # the recovery of a big database after a crash takes its 
 HEALTHY_LIMIT_S = 60
 PORT_LIMIT_S = 5
 MIGRATE_LIMIT_S = 3600
-WATCH_INTERVAL_S = 2.0
+WATCH_INTERVAL_S = 5.0
 REVIVE_INTERVAL_S = 30.0
 # Above what the slowest of each group may take, one group after the other.
 STOP_LIMIT_S = 60

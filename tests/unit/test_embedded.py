@@ -53,7 +53,7 @@ def test_process_that_was_given_a_recorded_pid_is_left_alone(tmp_path: Path) -> 
         process.kill()
 
 
-def test_empty_record_is_of_a_child_that_never_ran(tmp_path: Path) -> None:
+def test_empty_record_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "one.pid").touch()
     assert children.reap(tmp_path, "supervisord", grace_s=10) == 0
     assert list(tmp_path.iterdir()) == []

@@ -2,8 +2,9 @@
 
 The servers start when a test first asks for one, so that unit tests start none. The environment
 variables ``POSITIONS_TEST_DATABASE_URL``, ``POSITIONS_TEST_BROKER_URL`` and ``POSITIONS_TEST_REDIS_URL``
-name servers to use instead: scratch ones, as they are emptied. A test that also asks for ``postgres``, ``rabbitmq`` or ``redis_server``, as
-one that kills a server must, is always given the suite's own.
+name servers to use instead: scratch ones, as their queues and Redis database are emptied. A test that also
+asks for ``postgres``, ``rabbitmq`` or ``redis_server``, as one that kills a server must, is always given
+the suite's own.
 """
 
 from __future__ import annotations

@@ -3,32 +3,20 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from uuid import uuid4
+from datetime import datetime
 
 import structlog
 from sqlalchemy import Connection
 
 from positions.domain.events import Entry, Event, Kind, PositionKey, Report, TimeSource
-from positions.domain.figures import Figures, figures
 from positions.domain.numbers import exact
 from positions.domain.orders import fills_of, new_fills
-from positions.domain.position import Policy, State, advanced, refolded, with_report
-from positions.messages.outbound import PositionView
-from positions.messages.published import POSITION_UPDATED, position_updated
-from positions.storage import ledger, outbox, positions, quarantine
-from positions.storage.portfolio import GROSS_EXPOSURE
+from positions.domain.position import State, advanced, refolded, with_report
+from positions.handlers.write_changes import Change, Rules, write_changes
+from positions.storage import ledger, positions, quarantine
 from positions.storage.positions import Stored
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rules:
-    """What the handler takes from the settings."""
-
-    policy: Policy
-    price_stale_after: timedelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,42 +44,32 @@ def apply_events(
     """
     outcome = Outcome()
     quarantine.add(connection, refused, now=now)
-    entries = {event.key: event for event in events if isinstance(event, Entry)}
+    entries: dict[str, Entry] = {}
     reports: defaultdict[PositionKey, list[Report]] = defaultdict(list)
     for event in events:
         if isinstance(event, Report):
             reports[event.position].append(event)
+        elif event.key in entries:
+            outcome.counts["duplicate"] += 1
+        else:
+            entries[event.key] = event
     keys = {entry.position for entry in entries.values()} | reports.keys()
     if not keys:
         return outcome
-    positions.create_missing(connection, keys)
+    created = positions.create_missing(connection, keys)
     new_keys = ledger.insert(connection, list(entries.values()))
     new = [entry for key, entry in entries.items() if key in new_keys]
-    outcome.counts["duplicate"] += sum(isinstance(event, Entry) for event in events) - len(new)
+    outcome.counts["duplicate"] += len(entries) - len(new)
     touched = {entry.position for entry in new} | reports.keys()
+    # An execution that is known already, under another asset: its row would be a position of nothing.
+    positions.remove(connection, created - touched)
     if not touched:
         return outcome
     stored = positions.lock(connection, touched)
     with exact():
         changed = _changes(connection, stored, new, reports, rules=rules, outcome=outcome)
-        adjustments = [entry for change in changed for entry in change.adjustments]
-        ledger.insert(connection, adjustments)
-        positions.write(
-            connection, [(change.stored, change.state, change.figures) for change in changed], now=now
-        )
-        _publish(connection, changed, rules, now)
+        write_changes(connection, changed, stale_after=rules.price_stale_after, now=now)
     return outcome
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Change:
-    """One position's way from what is stored to what is to be written."""
-
-    stored: Stored
-    state: State
-    figures: Figures
-    applied: Sequence[Event]
-    adjustments: Sequence[Entry]
 
 
 def _changes(
@@ -102,7 +80,7 @@ def _changes(
     *,
     rules: Rules,
     outcome: Outcome,
-) -> list[_Change]:
+) -> list[Change]:
     """Fold what is new into each position; those where it is late are folded anew from the ledger."""
     by_position: defaultdict[PositionKey, list[Entry]] = defaultdict(list)
     for entry in new:
@@ -134,11 +112,14 @@ def _changes(
         folded[key] = refolded(merged[key], fills_of(histories.get(key, ())), rules.policy)
     outcome.counts["refolded"] += len(late)
     return [
-        _Change(
+        Change(
             stored=stored[key],
             state=state,
-            figures=figures(state),
-            applied=applied[key],
+            covers=len(applied[key]),
+            trace_id=next((each.trace_id for each in reversed(applied[key]) if each.trace_id), ""),
+            source="order_execution"
+            if any(isinstance(each, Entry) for each in applied[key])
+            else "websocket",
             adjustments=_adjustments(key, stored[key].state, state),
         )
         for key, state in sorted(folded.items())
@@ -193,45 +174,3 @@ def _adjustments(key: PositionKey, before: State, after: State) -> list[Entry]:
                 outcome="taken_over",
             )
     return made
-
-
-def _publish(connection: Connection, changes: Sequence[_Change], rules: Rules, now: datetime) -> None:
-    """Write a `position_updated` for each change: its final state, and how many events it covers."""
-    if not changes:
-        return
-    gross_exposure = connection.execute(GROSS_EXPOSURE).scalar_one()
-    messages = []
-    for change in changes:
-        key = change.state.key
-        trace_id = next((event.trace_id for event in reversed(change.applied) if event.trace_id), "")
-        trace_id = trace_id or uuid4().hex
-        view = PositionView.of_figures(
-            change.figures,
-            id=change.stored.id,
-            key=key,
-            version=change.stored.version + 1,
-            last_updated=now,
-            last_snapshot_at=change.stored.last_snapshot_at,
-            created_at=change.stored.created_at,
-            portfolio_exposure=gross_exposure,
-            now=now,
-            stale_after=rules.price_stale_after,
-        )
-        traded = any(isinstance(event, Entry) for event in change.applied)
-        body = position_updated(
-            view,
-            update_source="order_execution" if traded else "websocket",
-            events_covered=len(change.applied),
-            trace_id=trace_id,
-            now=now,
-        )
-        messages.append(outbox.Message(POSITION_UPDATED, trace_id, body))
-        log.debug(
-            "position_updated",
-            asset=key.asset,
-            mode=key.mode,
-            version=view.version,
-            size=str(view.size),
-            trace_id=trace_id,
-        )
-    outbox.add(connection, messages)

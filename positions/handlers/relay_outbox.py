@@ -38,7 +38,7 @@ _queues = [Queue(queue_of(name), _exchange, routing_key=name, durable=True) for 
 
 def relay_outbox(engine: Engine, broker_url: str, *, stopping: Callable[[], bool]) -> None:
     """Publish the outbox until ``stopping()``; survives the loss of database and broker."""
-    errors = (DBAPIError, Unavailable, OSError, *broker.errors(broker_url))
+    errors: tuple[type[BaseException], ...] = (DBAPIError, Unavailable, OSError, *broker.errors(broker_url))
     wait_s = WAIT_FIRST_S
     while not stopping():
         started = time.monotonic()

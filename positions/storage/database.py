@@ -36,6 +36,7 @@ def connect(url: str, *, pool_size: int = 5, application: str = "positions") -> 
         pool_timeout=5,
         pool_pre_ping=True,
         pool_recycle=1800,
+        hide_parameters=True,  # an error's text goes to logs and to quarantine: no payload in it
         connect_args={
             "connect_timeout": 5,
             "options": " ".join(f"-c {name}={value}" for name, value in _SESSION.items()),

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from sqlalchemy import Connection, RowMapping, and_, case, func, literal, or_, select
+from sqlalchemy import Connection, RowMapping, and_, bindparam, case, func, literal, or_, select
 
-from positions.storage.tables import Amount, positions
+from positions.storage.tables import Amount, Time, positions
 
 _NOTHING = literal(0, Amount)
 _gross_size = positions.c.long_size - positions.c.short_size
@@ -20,6 +20,39 @@ GROSS_EXPOSURE = select(func.coalesce(func.sum(_exposure), _NOTHING))
 """Gross exposure of all priced positions in USDT, as one number."""
 
 
+_price_at = positions.c.current_price_at
+_SUMS = (
+    select(
+        positions.c.asset,
+        func.sum(_exposure).label("exposure"),
+        func.sum(_net_exposure).label("net_exposure"),
+        *(
+            func.sum(positions.c[name]).label(name)
+            for name in (
+                "size",
+                "unrealized_pnl",
+                "realized_pnl",
+                "realized_gross",
+                "fees_paid",
+                "funding_received",
+                "realized_adjustment",
+            )
+        ),
+        func.count().filter(is_open).label("open_count"),
+        func.count().filter(positions.c.size > 0).label("long_count"),
+        func.count().filter(positions.c.size < 0).label("short_count"),
+        func.bool_or(and_(is_open, ~_priced)).label("unpriced"),
+        func.bool_or(
+            and_(
+                is_open, _priced, or_(_price_at.is_(None), _price_at < bindparam("stale_before", type_=Time))
+            )
+        ).label("stale"),
+    )
+    .group_by(positions.c.asset)
+    .order_by(positions.c.asset)
+)
+
+
 def sums_by_asset(connection: Connection, *, stale_before: datetime) -> Sequence[RowMapping]:
     """Return the sums of each asset's positions, open and closed, in order of the asset.
 
@@ -29,37 +62,7 @@ def sums_by_asset(connection: Connection, *, stale_before: datetime) -> Sequence
         connection: only read from.
         stale_before: an open position with an older price, or one of unknown time, makes its asset stale.
     """
-    at = positions.c.current_price_at
-    return (
-        connection.execute(
-            select(
-                positions.c.asset,
-                func.sum(_exposure).label("exposure"),
-                func.sum(_net_exposure).label("net_exposure"),
-                *(
-                    func.sum(positions.c[name]).label(name)
-                    for name in (
-                        "size",
-                        "unrealized_pnl",
-                        "realized_pnl",
-                        "realized_gross",
-                        "fees_paid",
-                        "funding_received",
-                        "realized_adjustment",
-                    )
-                ),
-                func.count().filter(is_open).label("open_count"),
-                func.count().filter(positions.c.size > 0).label("long_count"),
-                func.count().filter(positions.c.size < 0).label("short_count"),
-                func.bool_or(and_(is_open, ~_priced)).label("unpriced"),
-                func.bool_or(and_(is_open, _priced, or_(at.is_(None), at < stale_before))).label("stale"),
-            )
-            .group_by(positions.c.asset)
-            .order_by(positions.c.asset)
-        )
-        .mappings()
-        .all()
-    )
+    return connection.execute(_SUMS, {"stale_before": stale_before}).mappings().all()
 
 
 _CLAIM = """

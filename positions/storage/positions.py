@@ -35,7 +35,11 @@ _CREATE = f"""
     WHERE NOT EXISTS (SELECT FROM positions p WHERE p.asset = v.asset AND p.mode = v.mode)
     ORDER BY v.asset, v.mode
     ON CONFLICT (asset, mode) DO NOTHING
+    RETURNING asset, mode
 """
+_REMOVE = (
+    f"DELETE FROM positions p USING {_KEYS} WHERE p.asset = v.asset AND p.mode = v.mode AND p.version = 0"
+)
 _READ = f"""
     SELECT p.* FROM positions p JOIN {_KEYS} ON p.asset = v.asset AND p.mode = v.mode
     ORDER BY p.asset, p.mode
@@ -73,9 +77,15 @@ _WRITE = f"""
 """
 
 
-def create_missing(connection: Connection, keys: Iterable[PositionKey]) -> None:
-    """Make a row, flat and at version 0, for each of ``keys`` that has none."""
-    connection.exec_driver_sql(_CREATE, _arrays(keys))
+def create_missing(connection: Connection, keys: Iterable[PositionKey]) -> set[PositionKey]:
+    """Make a row, flat and at version 0, for each of ``keys`` that has none; return which were made."""
+    return {PositionKey.of(*row) for row in connection.exec_driver_sql(_CREATE, _arrays(keys))}
+
+
+def remove(connection: Connection, keys: Iterable[PositionKey]) -> None:
+    """Take back rows that this transaction made and has no use for."""
+    if wanted := list(keys):
+        connection.exec_driver_sql(_REMOVE, _arrays(wanted))
 
 
 def lock(connection: Connection, keys: Iterable[PositionKey]) -> dict[PositionKey, Stored]:

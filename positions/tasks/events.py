@@ -12,7 +12,8 @@ from celery import shared_task
 from positions.domain.events import Event
 from positions.domain.position import Policy
 from positions.errors import ConcurrencyConflict, InvalidEvent, PositionsError, Unavailable
-from positions.handlers.apply_events import Rules, apply_events
+from positions.handlers.apply_events import apply_events
+from positions.handlers.write_changes import Rules
 from positions.messages import inbound
 from positions.settings import Settings
 from positions.storage.database import in_transaction

@@ -113,8 +113,8 @@ class Batch:
         }
         self.properties: dict[str, Any] = {}
         self.delivery_info = {"exchange": "", "routing_key": "intake", "redelivered": attempts > 0}
-        self.body: tuple[Any, ...]
-        self.body = self.payload = ((tuple(messages),), {"park": park}, {})
+        self.body: tuple[Any, ...] = ((tuple(messages),), {"park": park}, {})
+        self.payload = self.body
 
     def ack_log_error(self, logger: Logger, errors: Any, multiple: bool = False) -> None:
         """Called by Celery when the task has succeeded."""
@@ -252,7 +252,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
             return
         self._in_flight.discard(batch.id)
         failure, alone = batch.failure, len(batch.messages) == 1
-        fields = {"task_id": batch.id, "messages": len(batch.messages), "reason": str(failure)[:200]}
+        fields = {"task_id": batch.id, "messages": len(batch.messages), "reason": _reason(failure)}
         if isinstance(failure, Unavailable):
             again = Batch(
                 self, batch.messages, batch.tags, attempts=batch.attempts, park=batch.body[1]["park"]
@@ -264,15 +264,15 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
             log.warning("batch_given_back", **fields)
             self.settlement.give_back(batch.tags)
         elif not alone:
-            log.error("batch_isolated", error=type(failure).__name__, **fields)
+            log.error("batch_isolated", **fields)
             pairs = zip(batch.messages, batch.tags, strict=True)
             self._ready.extend(Batch(self, [message], [tag]) for message, tag in pairs)
         else:
             attempts = batch.attempts + 1
             park = None
             if attempts >= ALONE_ATTEMPTS:
-                park = f"failed {attempts} times alone: {type(failure).__name__}: {str(failure)[:200]}"
-            log.error("event_failed_alone", error=type(failure).__name__, attempts=attempts, **fields)
+                park = f"failed {attempts} times alone: {_reason(failure)}"
+            log.error("event_failed_alone", attempts=attempts, **fields)
             self._ready.append(Batch(self, batch.messages, batch.tags, attempts=attempts, park=park))
         self._hand_over()
 
@@ -350,6 +350,12 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
 
     def _capacity(self, c: Any) -> int:
         return int(getattr(c.pool, "num_processes", None) or c.controller.concurrency or 1)
+
+
+def _reason(failure: BaseException | None) -> str:
+    """Return what went wrong in one line."""
+    lines = str(failure).splitlines() or [""]
+    return f"{type(failure).__name__}: {lines[0][:200]}"
 
 
 def _ensure_queue(connection: Any, queue: str) -> None:

@@ -1,0 +1,92 @@
+"""What every change of a position ends in: the row with its next version, and the event that says so."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from uuid import uuid4
+
+import structlog
+from sqlalchemy import Connection
+
+from positions.domain.events import Entry
+from positions.domain.figures import figures
+from positions.domain.numbers import exact
+from positions.domain.position import Policy, State
+from positions.messages.outbound import PositionView
+from positions.messages.published import POSITION_UPDATED, position_updated
+from positions.storage import ledger, outbox, positions
+from positions.storage.portfolio import GROSS_EXPOSURE
+from positions.storage.positions import Stored
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rules:
+    """What handlers take from the settings."""
+
+    policy: Policy
+    price_stale_after: timedelta
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """One position's way from what is stored to what is to be written."""
+
+    stored: Stored
+    state: State
+    covers: int
+    """How many events are in it."""
+    source: str
+    """`order_execution`, `websocket`, `validation` or `price_refresh`."""
+    trace_id: str = ""
+    """Of the last event; made here where it had none."""
+    adjustments: Sequence[Entry] = ()
+    """Ledger entries that are no trades: what was taken over from the venue."""
+
+
+def write_changes(
+    connection: Connection, changes: Sequence[Change], *, stale_after: timedelta, now: datetime
+) -> None:
+    """Write ``changes``: one `position_updated` each, with the final state.
+
+    Raises:
+        ConcurrencyConflict: another writer was first at one of them; nothing of the transaction may stay.
+    """
+    if not changes:
+        return
+    with exact():
+        computed = [figures(change.state) for change in changes]
+    ledger.insert(connection, [entry for change in changes for entry in change.adjustments])
+    pairs = list(zip(changes, computed, strict=True))
+    positions.write(connection, [(change.stored, change.state, found) for change, found in pairs], now=now)
+    gross_exposure = connection.execute(GROSS_EXPOSURE).scalar_one()
+    messages = []
+    for change, found in pairs:
+        stored = change.stored
+        trace_id = change.trace_id or uuid4().hex
+        view = PositionView.of_figures(
+            found,
+            id=stored.id,
+            key=change.state.key,
+            version=stored.version + 1,
+            last_updated=now,
+            last_snapshot_at=stored.last_snapshot_at,
+            created_at=stored.created_at,
+            portfolio_exposure=gross_exposure,
+            now=now,
+            stale_after=stale_after,
+        )
+        body = position_updated(
+            view, update_source=change.source, events_covered=change.covers, trace_id=trace_id, now=now
+        )
+        messages.append(outbox.Message(POSITION_UPDATED, trace_id, body))
+        log.debug(
+            "position_updated",
+            asset=view.asset,
+            mode=view.mode,
+            version=view.version,
+            size=str(view.size),
+            trace_id=trace_id,
+        )
+    outbox.add(connection, messages)

@@ -1,0 +1,710 @@
+"""The REST API as its clients see it, on a real database, broker and cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from kombu import Connection
+from sqlalchemy import create_engine, insert, select
+from structlog.testing import capture_logs
+from werkzeug.test import TestResponse
+
+from positions.settings import SettingsError, load
+from positions.storage import tables
+from positions.web import create_app, resources
+from positions.web import positions as positions_routes
+from tests.services import Port, PostgreSQL, RabbitMQ, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+KEY = "open-sesame"
+NOWHERE = "127.0.0.1:1"
+QUEUE = "ws-gateway.position"
+
+
+def _environ(database: str, broker: str, redis: str, **more: str) -> dict[str, str]:
+    return {
+        "POSITION_MANAGER_API_KEY": KEY,
+        "POSITION_MANAGER_DATABASE_URL": database,
+        "POSITION_MANAGER_BROKER_URL": broker,
+        "POSITION_MANAGER_REDIS_URL": redis,
+        **more,
+    }
+
+
+Make = Callable[..., Flask]
+
+
+@pytest.fixture
+def make_app() -> Iterator[Make]:
+    """Applications on the servers given, on none where none is given."""
+    made: list[Flask] = []
+
+    def make(
+        database: str, broker: str = f"amqp://{NOWHERE}//", redis: str = f"redis://{NOWHERE}/0", **more: str
+    ) -> Flask:
+        app = create_app(load(_environ(database, broker, redis, **more)))
+        made.append(app)
+        return app
+
+    yield make
+    for app in made:
+        app.extensions[resources.NAME].engine.dispose()
+
+
+@pytest.fixture
+def app(make_app: Make, database_url: str) -> Flask:
+    return make_app(database_url)
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return _with_key(app)
+
+
+def _with_key(app: Flask) -> FlaskClient:
+    client = app.test_client()
+    client.environ_base["HTTP_X_API_KEY"] = KEY
+    return client
+
+
+def _store(database: str, *rows: dict[str, Any]) -> None:
+    engine = create_engine(database)
+    with engine.begin() as connection:
+        for row in rows:
+            connection.execute(insert(tables.positions).values(row))
+    engine.dispose()
+
+
+def _long(asset: str, size: str, price: str | None, **more: Any) -> dict[str, Any]:
+    return {
+        "asset": asset,
+        "mode": "one-way",
+        "size": Decimal(size),
+        "long_size": Decimal(size),
+        "average_entry_price": Decimal(1),
+        "current_price": None if price is None else Decimal(price),
+        "current_price_at": datetime.now(UTC),
+        **more,
+    }
+
+
+def _short(asset: str, size: str, price: str, **more: Any) -> dict[str, Any]:
+    return _long(asset, size, price, **{"long_size": Decimal(0), "short_size": Decimal(size), **more})
+
+
+def _flat(asset: str, **more: Any) -> dict[str, Any]:
+    return {"asset": asset, "mode": "one-way", "closed_at": datetime.now(UTC), **more}
+
+
+def _problem(response: TestResponse, status: int, code: str) -> dict[str, Any]:
+    assert response.status_code == status
+    assert response.content_type == "application/problem+json"
+    body: dict[str, Any] = json.loads(response.data)
+    assert body["type"] == "about:blank"
+    assert body["status"] == status
+    assert body["title"]
+    assert body["instance"] == response.request.path
+    assert body["error_code"] == code
+    assert body["message"] == body["detail"]
+    assert body["trace_id"] == response.headers["X-Trace-Id"]
+    return body
+
+
+# --- positions
+
+
+def test_position_is_given_to_the_last_digit(client: FlaskClient, database_url: str) -> None:
+    opened_at = datetime.now(UTC) - timedelta(minutes=90, seconds=30)
+    _store(
+        database_url,
+        _long(
+            "BTCUSDT",
+            "1.5",
+            "50000.123456789012345678",
+            id="0b0e7e4c-3c43-4b55-9c5a-0c4a3f1f6a01",
+            average_entry_price=Decimal("48666.666666666666666667"),
+            long_avg_price=Decimal("48666.666666666666666667"),
+            unrealized_pnl=Decimal("2000.185185183518518517"),
+            realized_pnl=Decimal("-0.000000000000000001"),
+            opened_at=opened_at,
+            last_updated=datetime(2025, 1, 15, 10, 0, 0, 120000, tzinfo=UTC),
+            created_at=datetime(2025, 1, 15, 10, 0, tzinfo=UTC),
+            version=7,
+        ),
+        _short("ETHUSDT", "-10", "5000.0123456789012345678"),
+    )
+    response = client.get("/api/v1/positions/btcusdt")
+    assert response.status_code == 200
+    assert response.content_type == "application/json"
+    body = response.get_json()
+    assert body.pop("current_price_at").endswith("Z")
+    assert body.pop("opened_at") == opened_at.isoformat().replace("+00:00", "Z")
+    assert body == {
+        "id": "0b0e7e4c-3c43-4b55-9c5a-0c4a3f1f6a01",
+        "asset": "BTCUSDT",
+        "mode": "one-way",
+        "size": "1.5",
+        "average_entry_price": "48666.666666666666666667",
+        "current_price": "50000.123456789012345678",
+        "price_is_stale": False,
+        "unrealized_pnl": "2000.185185183518518517",
+        "realized_pnl": "-0.000000000000000001",
+        "long_size": "1.5",
+        "short_size": "0",
+        "long_avg_price": "48666.666666666666666667",
+        "short_avg_price": None,
+        "unrealized_pnl_pct": "2.739979705730847286",
+        "time_held_minutes": 90,
+        "position_size_norm": "0.6",
+        "version": 7,
+        "last_updated": "2025-01-15T10:00:00.120000Z",
+        "last_snapshot_at": None,
+        "closed_at": None,
+        "created_at": "2025-01-15T10:00:00Z",
+    }
+
+
+def test_position_is_looked_up_by_asset_and_mode(client: FlaskClient, database_url: str) -> None:
+    hedge = _long("BTCUSDT", "2", "1", mode="hedge")
+    _store(database_url, _long("BTCUSDT", "1", "1"), hedge, _long("ETHUSDT", "3", "1", mode="hedge"))
+    assert client.get("/api/v1/positions/BTCUSDT").get_json()["size"] == "1"
+    assert client.get("/api/v1/positions/BtcUsdt/?mode=hedge").get_json()["size"] == "2"
+    body = _problem(client.get("/api/v1/positions/ETHUSDT"), 404, "not_found")
+    assert body["detail"] == "There is no one-way position in ETHUSDT."
+
+
+def test_list_can_be_narrowed_down(client: FlaskClient, database_url: str) -> None:
+    level = _long("AVAX", "0", "1", mode="hedge", long_size=Decimal(1), short_size=Decimal(-1))
+    _store(
+        database_url,
+        _short("SOLUSDT", "-2", "1"),
+        _long("BTCUSDT", "1.5", "1"),
+        level,
+        _flat("ETHUSDT"),
+        _long("BTCUSDT", "0.5", None, mode="hedge"),
+    )
+
+    def found(query: str) -> list[tuple[str, str]]:
+        body = client.get(f"/api/v1/positions?{query}").get_json()
+        assert body["next_cursor"] is None
+        assert body["count"] == len(body["positions"])
+        return [(each["asset"], each["mode"]) for each in body["positions"]]
+
+    avax, btc, btc_hedge = ("AVAX", "hedge"), ("BTCUSDT", "one-way"), ("BTCUSDT", "hedge")
+    eth, sol = ("ETHUSDT", "one-way"), ("SOLUSDT", "one-way")
+    assert found("") == [avax, btc_hedge, btc, eth, sol]
+    assert found("asset=btcusdt") == [btc_hedge, btc]
+    assert found("mode=hedge") == [avax, btc_hedge]
+    assert found("size_min=0.5") == [btc_hedge, btc]
+    assert found("size_min=0.500000000000000001&size_max=1.5") == [btc]
+    assert found("size_max=-1") == [sol]
+    assert found("status=open") == [avax, btc_hedge, btc, sol]
+    assert found("status=closed") == [eth]
+    assert found("status=closed&asset=BTCUSDT") == []
+
+
+def test_pages_follow_each_other_without_gap_or_overlap(client: FlaskClient, database_url: str) -> None:
+    names = [f"COIN-{number:02}" for number in range(5)]
+    _store(
+        database_url, *(_long(name, "1", "2", mode=mode) for name in names for mode in ("one-way", "hedge"))
+    )
+    everything = client.get("/api/v1/positions").get_json()
+    seen: list[str] = []
+    cursor: str | None = ""
+    pages = 0
+    while cursor is not None:
+        page = client.get(f"/api/v1/positions?limit=3&status=open{cursor and f'&cursor={cursor}'}").get_json()
+        seen += [each["id"] for each in page["positions"]]
+        cursor = page["next_cursor"]
+        pages += 1
+        if pages == 1:
+            # What comes in behind the page turns up, what comes in before it does not repeat anything.
+            _store(database_url, _long("AAA", "1", "2"), _long("ZZZ", "1", "2"))
+    assert pages == 4
+    assert seen[:10] == [each["id"] for each in everything["positions"]]
+    assert len(seen) == len(set(seen)) == 11
+
+
+def test_list_without_limit_has_a_thousand_at_most(client: FlaskClient, database_url: str) -> None:
+    _store(database_url, *(_long(f"C{number:04}", "1", "2") for number in range(1000)))
+    body = client.get("/api/v1/positions").get_json()
+    assert (body["count"], body["next_cursor"]) == (1000, None)
+    assert {each["position_size_norm"] for each in body["positions"]} == {"0.001"}
+    _store(database_url, _flat("D0000"))
+    body = client.get("/api/v1/positions").get_json()
+    assert body["count"] == 1000
+    rest = client.get(f"/api/v1/positions?cursor={body['next_cursor']}").get_json()
+    assert [each["asset"] for each in rest["positions"]] == ["D0000"]
+    assert rest["next_cursor"] is None
+
+
+# --- portfolio
+
+
+def test_portfolio_adds_up_exactly(make_app: Make, database_url: str) -> None:
+    app = make_app(database_url, POSITION_MANAGER_PORTFOLIO_MAX_EXPOSURE_USDT="75396.8")
+    client = _with_key(app)
+    large = "12345678901234567890.123456789012345678"
+    parts = {"realized_gross": 5, "fees_paid": 2, "funding_received": -1, "realized_adjustment": 3}
+    _store(
+        database_url,
+        _long("BTCUSDT", "1.5", "50100", unrealized_pnl=150, realized_pnl=5, **parts),
+        _long("AVAX", "1", "10", mode="hedge", long_size=3, short_size=-2, unrealized_pnl=Decimal("-0.1")),
+        _short("DOGEUSDT", "-2000", "0.1234", current_price_at=datetime.now(UTC) - timedelta(seconds=301)),
+        _long("PEPE", "7", None, unrealized_pnl=Decimal("0.000000000000000001")),
+        _flat("XRP", realized_pnl=Decimal("0.1")),
+    )
+    body = client.get("/api/v1/portfolio").get_json()
+    assert body.pop("calculated_at").endswith("Z")
+    assert body == {
+        "total_exposure_usdt": "75446.8",
+        "net_exposure_usdt": "74913.2",
+        "portfolio_value_usdt": "74913.2",
+        "total_unrealized_pnl_usdt": "149.900000000000000001",
+        "total_realized_pnl_usdt": "5.1",
+        "total_pnl_usdt": "155.000000000000000001",
+        "total_realized_gross_usdt": "5",
+        "total_fees_usdt": "2",
+        "total_funding_usdt": "-1",
+        "total_realized_adjustment_usdt": "3",
+        "open_positions_count": 4,
+        "long_positions_count": 3,
+        "short_positions_count": 1,
+        "by_asset": {
+            "AVAX": _asset("50", "-0.1", "0", "1"),
+            "BTCUSDT": _asset("75150", "150", "5", "1.5"),
+            "DOGEUSDT": _asset("246.8", "0", "0", "-2000"),
+            "PEPE": _asset(None, "0.000000000000000001", "0", "7"),
+            "XRP": _asset("0", "0", "0.1", "0"),
+        },
+        "limit_exceeded": True,
+        "unpriced_assets": ["PEPE"],
+        "stale_assets": ["DOGEUSDT"],
+    }
+    _store(database_url, _long("HUGE", large, large))
+    assert client.get("/api/v1/portfolio?asset=huge").get_json()["total_exposure_usdt"] == (
+        "152415787532388367504953515625666819427.831123554031397676527968299765279684"
+    )
+
+
+def _asset(exposure: str | None, unrealized: str, realized: str, size: str) -> dict[str, str | None]:
+    return {
+        "exposure": exposure,
+        "unrealized": unrealized,
+        "realized": realized,
+        "exposure_usdt": exposure,
+        "unrealized_pnl_usdt": unrealized,
+        "realized_pnl_usdt": realized,
+        "size": size,
+    }
+
+
+def test_portfolio_of_nothing_is_zeros(client: FlaskClient) -> None:
+    body = client.get("/api/v1/portfolio?include_positions=true").get_json()
+    assert body["total_exposure_usdt"] == body["total_pnl_usdt"] == body["net_exposure_usdt"] == "0"
+    assert body["open_positions_count"] == 0
+    assert body["by_asset"] == {}
+    assert body["positions"] == body["unpriced_assets"] == body["stale_assets"] == []
+    assert body["limit_exceeded"] is False
+
+
+def test_portfolio_of_one_asset_with_its_positions(client: FlaskClient, database_url: str) -> None:
+    _store(database_url, _long("BTCUSDT", "1", "30"), _short("ETHUSDT", "-1", "10"))
+    body = client.get("/api/v1/portfolio?include_positions=1&asset=ethusdt").get_json()
+    assert body["net_exposure_usdt"] == "-10"
+    assert list(body["by_asset"]) == ["ETHUSDT"]
+    assert [(each["asset"], each["position_size_norm"]) for each in body["positions"]] == [
+        ("ETHUSDT", "0.25")
+    ]
+    assert "positions" not in client.get("/api/v1/portfolio").get_json()
+
+
+# --- who may ask, and for what
+
+
+@pytest.mark.parametrize(
+    "path", ["/api/v1/positions", "/api/v1/positions/BTCUSDT", "/api/v1/portfolio", "/api/v1/nothing", "/x"]
+)
+@pytest.mark.parametrize("key", [None, "", "open-sesam", "open-sesame ", "OPEN-SESAME", "öpen"])
+def test_without_the_key_nothing_is_told(app: Flask, path: str, key: str | None) -> None:
+    headers = {} if key is None else {"X-API-Key": key}
+    response = app.test_client().get(path, headers=headers)
+    _problem(response, 401, "unauthorized")
+    assert response.headers["WWW-Authenticate"].lower().startswith("apikey ")
+
+
+def test_key_may_hold_any_character(make_app: Make, database_url: str) -> None:
+    client = make_app(database_url, POSITION_MANAGER_API_KEY="schlüssel").test_client()
+    # As a client sends it that writes UTF-8; a header is bytes.
+    given = {"HTTP_X_API_KEY": "schlüssel".encode().decode("latin-1")}
+    assert client.get("/api/v1/portfolio", environ_overrides=given).status_code == 200
+
+
+def test_application_without_a_key_does_not_start(database_url: str) -> None:
+    environ = _environ(database_url, "", "")
+    del environ["POSITION_MANAGER_API_KEY"]
+    with pytest.raises(SettingsError, match=r"^POSITION_MANAGER_API_KEY: required"):
+        create_app(load(environ))
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        (
+            "/api/v1/positions?limit=0&size_min=NaN&size_max=1e400&colour=red",
+            "limit size_min size_max colour",
+        ),
+        ("/api/v1/positions?cursor=AAAA", "cursor"),
+        ("/api/v1/positions/BTC_USDT", "asset"),
+        ("/api/v1/positions/BTCUSDT?mode=Hedge&asset=ETHUSDT", "mode asset"),
+        ("/api/v1/positions/%00", "asset"),
+        ("/api/v1/positions?asset=%00", "asset"),
+        ("/api/v1/positions?asset=%ff", "asset"),
+        ("/api/v1/portfolio?include_positions=maybe&x", "include_positions x"),
+    ],
+)
+def test_bad_parameters_are_each_named(client: FlaskClient, path: str, names: str) -> None:
+    response = client.get(path)
+    body = _problem(response, 400, "bad_parameters")
+    assert sorted(body["details"]) == sorted(names.split())
+    assert all(name in body["detail"] for name in names.split())
+
+
+def test_what_is_not_there_or_not_allowed_says_so(client: FlaskClient) -> None:
+    _problem(client.get("/api/v1/nothing"), 404, "not_found")
+    _problem(client.get("/api//v1/positions"), 404, "not_found")
+    response = client.post("/api/v1/positions")
+    _problem(response, 405, "method_not_allowed")
+    assert "GET" in response.headers["Allow"]
+
+
+def test_oversized_requests_are_refused(client: FlaskClient) -> None:
+    _problem(client.post("/api/v1/positions", data=b"x" * 65_537), 413, "request_entity_too_large")
+    _problem(client.get("/api/v1/positions?" + "x" * 2049), 414, "request_uri_too_long")
+
+
+def test_fault_of_ours_tells_nothing_of_the_inside(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the inside")
+
+    monkeypatch.setattr(positions_routes, "positions", fail)
+    with capture_logs() as lines:
+        response = client.get("/api/v1/positions", headers={"X-Trace-Id": "t-500"})
+    body = _problem(response, 500, "internal_error")
+    assert body["trace_id"] == "t-500"
+    assert b"inside" not in response.data
+    assert b"Traceback" not in response.data
+    [failed] = [line for line in lines if line["event"] == "request_failed"]
+    assert isinstance(failed["exc_info"], RuntimeError)
+
+
+# --- what every answer carries
+
+
+def test_answers_may_not_be_kept_framed_or_guessed_at(client: FlaskClient) -> None:
+    for path in ("/health", "/api/v1/portfolio", "/api/v1/nothing"):
+        headers = client.get(path).headers
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["X-Frame-Options"] == "DENY"
+        assert headers["Cache-Control"] == "no-store"
+        assert headers["Content-Security-Policy"] == "default-src 'none'; frame-ancestors 'none'"
+
+
+def test_trace_id_is_taken_over_and_returned(client: FlaskClient) -> None:
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    parent = f"00-{trace}-00f067aa0ba902b7-01"
+    assert client.get("/health", headers={"X-Trace-Id": "test-1"}).headers["X-Trace-Id"] == "test-1"
+    assert client.get("/health", headers={"traceparent": parent}).headers["X-Trace-Id"] == trace
+    made = client.get("/health", headers={"X-Trace-Id": "not a trace id"}).headers["X-Trace-Id"]
+    assert len(made) == 32
+
+
+def test_each_request_has_one_line_without_secrets(app: Flask) -> None:
+    with capture_logs() as lines:
+        _with_key(app).get("/api/v1/positions/BTCUSDT?mode=hedge")
+        app.test_client().get("/nothing?secret=hunter2", headers={"X-API-Key": "hunter2"})
+    found, refused = [line for line in lines if line["event"] == "request_served"]
+    assert found.pop("duration_ms") > 0
+    assert found == {
+        "event": "request_served",
+        "log_level": "info",
+        "method": "GET",
+        "route": "/api/v1/positions/<asset>",
+        "status": 404,
+        "key_name": "default",
+        "client": "127.0.0.1",
+    }
+    assert (refused["status"], refused["route"], refused["key_name"]) == (401, None, None)
+    assert "hunter2" not in str(lines)
+    assert KEY not in str(lines)
+
+
+def test_requests_read_only(app: Flask) -> None:
+    with app.app_context(), resources.resources().reads.connect() as connection:
+        assert connection.exec_driver_sql("SHOW transaction_read_only").scalar_one() == "on"
+        assert connection.exec_driver_sql("SHOW transaction_isolation").scalar_one() == "repeatable read"
+        assert connection.exec_driver_sql("SHOW statement_timeout").scalar_one() != "0"
+
+
+# --- health
+
+
+def test_health_of_a_service_that_has_everything(
+    make_app: Make, database_url: str, broker_url: str, redis_url: str
+) -> None:
+    app = make_app(database_url, broker_url, redis_url)
+    updated_at = datetime(2025, 1, 15, 10, 0, tzinfo=UTC)
+    _store(database_url, _flat("BTCUSDT", last_updated=updated_at), _flat("ETHUSDT", last_updated=updated_at))
+    engine = create_engine(database_url)
+    with engine.begin() as connection:
+        connection.execute(
+            insert(tables.outbox).values(event_type="position_updated", trace_id="t", body="{}")
+        )
+    with Connection(broker_url) as broker:
+        channel = broker.channel()
+        channel.queue_declare(QUEUE, durable=True, auto_delete=False)
+        producer = broker.Producer(channel)
+        for _ in range(3):
+            producer.publish({}, routing_key=QUEUE)
+        channel.queue_declare("order-manager.order_events", durable=True, auto_delete=False)
+        channel.basic_consume("order-manager.order_events", no_ack=True)
+
+        def body() -> dict[str, Any]:
+            app.extensions[resources.NAME].checks.queues._last = None  # ask anew
+            response = app.test_client().get("/health")
+            assert response.status_code == 200
+            found: dict[str, Any] = response.get_json()
+            return found
+
+        assert wait_until(lambda: body()["backlog"] == 4, limit_s=5)
+        health = body()
+    assert health.pop("timestamp").endswith("Z")
+    assert health == {
+        "status": "healthy",
+        "service": "position-manager",
+        "database_connected": True,
+        "queue_connected": True,
+        "cache_connected": True,
+        "positions_count": 2,
+        "last_event_at": "2025-01-15T10:00:00Z",
+        "backlog": 4,
+        "outbox": 1,
+        "queues": {
+            QUEUE: {"messages": 3, "consumers": 0},
+            "order-manager.order_executed": {"messages": 0, "consumers": 0},
+            "order-manager.order_events": {"messages": 0, "consumers": 1},
+        },
+    }
+    with engine.begin() as connection:
+        connection.execute(
+            insert(tables.ledger).values(
+                position_id=select(tables.positions.c.id).limit(1).scalar_subquery(),
+                key="k",
+                kind="trade",
+                leg="net",
+                quantity=1,
+                price=1,
+                fee=0,
+                executed_at=updated_at,
+                time_source="event",
+                exec_type="Trade",
+                trace_id="t",
+                recorded_at=updated_at + timedelta(seconds=1),
+            )
+        )
+    engine.dispose()
+    assert app.test_client().get("/health").get_json()["last_event_at"] == "2025-01-15T10:00:01Z"
+
+
+def test_health_on_the_redis_transport(make_app: Make, database_url: str, redis_url: str) -> None:
+    with Connection(redis_url) as broker:
+        for _ in range(2):
+            broker.Producer().publish({}, routing_key=QUEUE)
+    health = make_app(database_url, redis_url, redis_url).test_client().get("/health").get_json()
+    assert health["status"] == "healthy"
+    assert health["backlog"] == 2
+    assert health["queues"][QUEUE] == {"messages": 2, "consumers": None}
+    assert health["queues"]["order-manager.order_executed"] == {"messages": 0, "consumers": None}
+
+
+@pytest.mark.parametrize("scheme", ["amqp", "redis"])
+def test_without_broker_and_cache_service_is_degraded_and_serves(
+    make_app: Make, database_url: str, scheme: str
+) -> None:
+    client = _with_key(make_app(database_url, broker=f"{scheme}://{NOWHERE}/0"))
+    response = client.get("/health")
+    assert response.status_code == 200
+    body = response.get_json()
+    assert (body["status"], body["database_connected"]) == ("degraded", True)
+    assert (body["queue_connected"], body["cache_connected"]) == (False, False)
+    assert (body["backlog"], body["queues"], body["outbox"], body["last_event_at"]) == (None, None, 0, None)
+    assert client.get("/health/ready").status_code == 200
+    assert client.get("/api/v1/portfolio").status_code == 200
+    assert client.get("/api/v1/positions").get_json() == {"positions": [], "count": 0, "next_cursor": None}
+
+
+def test_wrong_credentials_of_the_broker_are_no_connection(
+    make_app: Make, database_url: str, rabbitmq: RabbitMQ
+) -> None:
+    app = make_app(database_url, broker=rabbitmq.url.replace("guest:guest", "guest:wrong"))
+    assert app.test_client().get("/health").get_json()["queue_connected"] is False
+
+
+def test_without_its_database_service_is_unhealthy_and_comes_back(
+    make_app: Make, database_url: str, postgres: PostgreSQL
+) -> None:
+    client = _with_key(make_app(database_url))
+    assert client.get("/api/v1/portfolio").status_code == 200
+    postgres.kill()
+    for path in ("/api/v1/positions", "/api/v1/positions/BTCUSDT", "/api/v1/portfolio", "/health/ready"):
+        response = client.get(path)
+        body = _problem(response, 503, "unavailable")
+        assert int(response.headers["Retry-After"]) > 0
+        assert str(postgres.port) not in str(body)
+        assert "psycopg" not in str(body)
+    response = client.get("/health")
+    assert response.status_code == 503
+    body = response.get_json()
+    assert (body["status"], body["database_connected"]) == ("unhealthy", False)
+    assert (body["positions_count"], body["last_event_at"], body["backlog"]) == (None, None, None)
+    assert client.get("/health/live").status_code == 200
+    postgres.start()
+    assert client.get("/health").get_json()["database_connected"] is True
+    assert client.get("/api/v1/portfolio").status_code == 200
+
+
+def test_database_without_our_tables_is_none(make_app: Make, postgres: PostgreSQL) -> None:
+    client = _with_key(make_app(postgres.url))
+    response = client.get("/health")
+    assert response.status_code == 503
+    assert response.get_json()["status"] == "unhealthy"
+    _problem(client.get("/api/v1/portfolio"), 500, "internal_error")
+
+
+# --- gunicorn
+
+
+GUNICORN = [sys.executable, "-m", "gunicorn", "-c", "python:positions.web.gunicorn_conf"]
+
+
+def _without_settings() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("POSITION_MANAGER_")}
+
+
+@pytest.fixture
+def gunicorn(
+    database_url: str, broker_url: str, redis_url: str, tmp_path: Path
+) -> Iterator[tuple[int, subprocess.Popen[bytes], Path]]:
+    """The API as it is deployed: port, process and log."""
+    log = tmp_path / "web.log"
+    with closing(Port()) as kept, log.open("wb") as output:
+        port = kept.number
+        environ = {**_without_settings(), **_environ(database_url, broker_url, redis_url)}
+        environ |= {"POSITION_MANAGER_HOST": "127.0.0.1", "POSITION_MANAGER_PORT": str(port)}
+        process = subprocess.Popen(
+            [*GUNICORN, "positions.web:create_app()"], cwd=ROOT, env=environ, stderr=output, stdout=output
+        )
+        try:
+            assert wait_until(lambda: _get(port, "/health/live")[0] == 200, limit_s=30, interval_s=0.1), (
+                log.read_text()
+            )
+            yield port, process, log
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def _get(port: int, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        return response.status, dict(response.getheaders()), response.read()
+    except ConnectionError:
+        return 0, {}, b""
+    finally:
+        connection.close()
+
+
+def test_gunicorn_serves_and_logs_a_line_a_request(
+    gunicorn: tuple[int, subprocess.Popen[bytes], Path], database_url: str, broker_url: str
+) -> None:
+    port, process, log = gunicorn
+    _store(database_url, _long("BTCUSDT", "0.00000001", "50000"))
+    status, headers, body = _get(
+        port, "/api/v1/positions?asset=btcusdt", **{"X-API-Key": KEY, "X-Trace-Id": "through-gunicorn"}
+    )
+    assert status == 200
+    assert json.loads(body)["positions"][0]["size"] == "0.00000001"
+    assert headers["X-Trace-Id"] == "through-gunicorn"
+    assert headers["Server"] == "position-manager"
+    assert _get(port, "/api/v1/positions", **{"X-API-Key": "wrong"})[0] == 401
+    assert json.loads(_get(port, "/health")[2])["status"] == "healthy"
+    assert _get(port, "/" + "x" * 9000)[0] == 414
+    assert _get(port, "/", **{f"X-{number}": "x" for number in range(60)})[0] == 431
+
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    assert time.monotonic() - began < 9
+    written = log.read_text()
+    lines = [json.loads(line) for line in written.splitlines()]
+    assert [line["status"] for line in lines if line.get("trace_id") == "through-gunicorn"] == [200]
+    assert len([line for line in lines if line.get("route") == "/api/v1/positions"]) == 2
+    assert all(line["timestamp"].endswith("Z") and line["service"] for line in lines)
+    assert not [line for line in lines if line["logger"] == "gunicorn.access"]
+    for secret in (KEY, "asset=btcusdt", broker_url):
+        assert secret not in written
+
+
+def test_gunicorn_serves_many_at_once(
+    gunicorn: tuple[int, subprocess.Popen[bytes], Path], database_url: str
+) -> None:
+    port, _, _ = gunicorn
+    _store(database_url, *(_long(f"C{number:03}", "1", "1") for number in range(100)))
+    statuses: list[int] = []
+
+    def ask() -> None:
+        paths = ("/api/v1/positions", "/api/v1/portfolio", "/health") * 5
+        statuses.extend(_get(port, path, **{"X-API-Key": KEY})[0] for path in paths)
+
+    threads = [threading.Thread(target=ask) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [200] * 16 * 15
+
+
+def test_gunicorn_without_a_key_says_so_in_one_line() -> None:
+    done = subprocess.run(
+        [*GUNICORN, "positions.web:create_app()"],
+        cwd=ROOT,
+        env=_without_settings(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "positions: POSITION_MANAGER_API_KEY: required, the key that clients send as X-API-Key"
+    )

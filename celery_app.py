@@ -75,3 +75,4 @@ app.steps["consumer"].add(Intake)
 @setup_logging.connect(weak=False)
 def _configure_logging(**_: Any) -> None:
     log_config.configure(settings)
+    log_config.warn_of_unknown_settings()

@@ -6,6 +6,7 @@ it, the libraries' too.
 """
 
 import logging.config
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from positions.settings import Settings
+from positions.settings import Settings, unknown
 
 REDACTED = "[redacted]"
 
@@ -44,6 +45,12 @@ def configure(settings: Settings) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
         cache_logger_on_first_use=True,
     )
+
+
+def warn_of_unknown_settings() -> None:
+    """Log each variable of our prefix that no setting reads: most likely a misspelt one."""
+    for name, nearest in unknown(os.environ).items():
+        structlog.get_logger(__name__).warning("setting_unknown", variable=name, did_you_mean=nearest)
 
 
 def dict_config(settings: Settings) -> dict[str, Any]:

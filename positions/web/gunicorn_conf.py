@@ -3,15 +3,13 @@
 Each module-level name that gunicorn knows is one of its settings.
 """
 
-import os
 import sys
 from pathlib import Path
 
-import structlog
 from gunicorn.http import wsgi
 
 from positions import log_config
-from positions.settings import SettingsError, load, unknown
+from positions.settings import SettingsError, load
 from positions.web.auth import required_key
 
 try:
@@ -22,8 +20,7 @@ except SettingsError as error:
     sys.exit(f"positions: {error}")
 
 log_config.configure(_settings)
-for _name, _nearest in unknown(os.environ).items():
-    structlog.get_logger(__name__).warning("setting_unknown", variable=_name, did_you_mean=_nearest)
+log_config.warn_of_unknown_settings()
 
 bind = f"{_settings.host}:{_settings.port}"
 workers = _settings.web_workers

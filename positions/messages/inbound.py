@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, NoReturn
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from positions.domain.events import Entry, Event, Kind, LegName, Mode, PositionKey, Report, TimeSource
-from positions.domain.numbers import INTEGER_DIGITS, SCALE, ZERO, fits, plain
+from positions.domain.numbers import INTEGER_DIGITS, SCALE, ZERO, exact, fits, plain
 from positions.errors import InvalidEvent
 
 RECORDS_MAX = 500
@@ -63,8 +63,17 @@ def decode(delivery: Delivery, *, max_bytes: int) -> Decoded:
     if len(delivery.body) > max_bytes:
         raise InvalidEvent(f"message of {len(delivery.body)} bytes, more than the {max_bytes} allowed")
     envelope = _parse(delivery.body)
+    # Numbers have up to 38 digits, and Python's usual context rounds to 28, even for a sign.
+    with exact():
+        return _events(envelope, delivery)
+
+
+def _events(envelope: Record, delivery: Delivery) -> Decoded:
     kind = envelope.get("event_type") or delivery.headers.get("event_type")
     topic = envelope.get("topic") or delivery.headers.get("topic")
+    for said in (kind, topic):
+        if said is not None and not isinstance(said, str):
+            raise InvalidEvent(f"unknown event type {_quoted(said)}", "event_type")
     source = _Source(envelope, delivery)
     if kind in ("order_executed", "position_updated_from_order"):
         record = _inner(envelope)

@@ -147,7 +147,7 @@ def test_what_the_gateway_sends() -> None:
     }
     report = only({"data": record, "received_at": "x"}, headers={"event_type": "position", "trace_id": "h"})
     assert isinstance(report, Report)
-    assert (report.position.mode, report.leg, report.size) == (Mode.HEDGE, LegName.SHORT, -2)
+    assert (report.position.mode, report.leg, report.size) == (Mode.HEDGE, LegName.SHORT, Decimal(-2))
     assert (report.average, report.mark, report.trace_id) == (Decimal("99.5"), None, "h")
     assert report.at == datetime(2025, 1, 15, 10, 0, 0, 123456, tzinfo=UTC)
 

@@ -12,8 +12,10 @@ from typing import Any
 # More than Linux (108) and macOS (104) allow a socket's path would fail in a way hard to understand.
 SOCKET_PATH_LIMIT_CHARS = 100
 
-# Failures in a row, after which supervisord gives a program up (state FATAL).
-START_RETRIES = 4
+# A program that ends sooner has failed to start: supervisord waits a second longer after each such failure,
+# and gives the program up (state FATAL) after the last. Celery takes some seconds to find what is wrong.
+START_S = 10
+START_RETRIES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ def config(
             "directory": directory,
             "autostart": str(program.group == groups[0]).lower(),
             "autorestart": "true",
-            "startsecs": 1,
+            "startsecs": START_S,
             "startretries": START_RETRIES,
             "stopsignal": program.stop_signal,
             "stopwaitsecs": program.stop_s,
@@ -97,6 +99,21 @@ def config(
     )
 
 
+@dataclass(frozen=True)
+class State:
+    """How a program does."""
+
+    name: str
+    """supervisord's word: ``STARTING``, ``RUNNING``, ``BACKOFF``, ``FATAL``..."""
+    pid: int
+    age_s: int
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a process; it need not be ready for anything."""
+        return self.name in {"STARTING", "RUNNING"}
+
+
 class Supervisor:
     """A running supervisord, asked over its socket.
 
@@ -106,10 +123,12 @@ class Supervisor:
     def __init__(self, path: Path) -> None:
         self._server = xmlrpc.client.ServerProxy("http://localhost", transport=_Transport(path))
 
-    def states(self) -> dict[str, tuple[str, int]]:
-        """Return each program's state (``RUNNING``, ``BACKOFF``, ``FATAL``...) and pid."""
-        infos = self._call("getAllProcessInfo")
-        return {info["name"]: (info["statename"], info["pid"]) for info in infos}
+    def states(self) -> dict[str, State]:
+        """Return how each program does."""
+        return {
+            info["name"]: State(info["statename"], info["pid"], info["now"] - info["start"])
+            for info in self._call("getAllProcessInfo")
+        }
 
     def start_group(self, group: str) -> None:
         """Start a group's programs, without waiting for them."""

@@ -19,12 +19,13 @@ import click
 
 from positions.embedded import children, servers
 from positions.embedded.folder import Folder, StartError, default_path, taken
-from positions.embedded.supervision import SOCKET_PATH_LIMIT_CHARS, Program, Supervisor, config
+from positions.embedded.supervision import SOCKET_PATH_LIMIT_CHARS, Program, State, Supervisor, config
 from positions.settings import Settings
 
 DATABASE = "positions"
 SERVERS_LIMIT_S = 120  # the recovery of a big database after a crash takes its time
 HEALTHY_LIMIT_S = 60
+SETTLED_S = 3  # by then, what cannot run has mostly said so
 PORT_LIMIT_S = 5
 MIGRATE_LIMIT_S = 3600
 WATCH_INTERVAL_S = 5.0
@@ -262,10 +263,11 @@ class Up:
         while True:
             states = self._fail_if_given_up()
             health = self._health()
-            if health and states and all(state == "RUNNING" for state, _ in states.values()):
+            unsettled = [name for name, s in states.items() if not s.runs or s.age_s < SETTLED_S]
+            if health and states and not unsettled:
                 return
             if time.monotonic() > deadline:
-                troubled = [name for name, (state, _) in states.items() if state != "RUNNING"] or ["web"]
+                troubled = unsettled or ["web"]
                 self._fail(f"not healthy in {HEALTHY_LIMIT_S} s", troubled)
             time.sleep(0.1)
 
@@ -285,7 +287,7 @@ class Up:
                 return health
         return None
 
-    def _fail_if_given_up(self) -> dict[str, tuple[str, int]]:
+    def _fail_if_given_up(self) -> dict[str, State]:
         if self._supervisord and self._supervisord.poll() is not None:
             output = (self._folder.logs / "supervisord.out").read_text(errors="replace")[-2000:]
             raise StartError(f"supervisord ended (status {self._supervisord.returncode})\n{output}")
@@ -293,7 +295,7 @@ class Up:
             states = self._supervisor.states()
         except OSError:  # it has not come that far yet, or is busy
             return {}
-        if given_up := [name for name, (state, _) in states.items() if state == "FATAL"]:
+        if given_up := [name for name, state in states.items() if state.name == "FATAL"]:
             self._fail("does not keep running", given_up)
         return states
 
@@ -305,12 +307,14 @@ class Up:
 
     def _welcome(self) -> None:
         address = f"http://localhost:{self._settings.port}"
-        header = shlex.quote(f"X-API-Key: {self._api_key}")
+        # A key of the user's own is not shown to who may be looking.
+        key, of_user = self._api_key, "$POSITION_MANAGER_API_KEY"
+        header = f'"X-API-Key: {of_user}"' if self._settings.api_key else shlex.quote(f"X-API-Key: {key}")
         self._say("ready")
         click.echo(f"""
   {address}
 
-  API key   {self._api_key}
+  API key   {of_user if self._settings.api_key else key}
   data      {self._folder.path}
   logs      {self._folder.logs}
 
@@ -350,21 +354,19 @@ Ctrl-C stops everything.
                 )
                 click.echo(f"{CLEAR_LINE}{figures}", nl=False)
 
-    def _compare(
-        self, before: Mapping[str, tuple[str, int]], now: dict[str, tuple[str, int]]
-    ) -> dict[str, tuple[str, int]]:
-        for name, (state, pid) in now.items():
+    def _compare(self, before: Mapping[str, State], now: dict[str, State]) -> dict[str, State]:
+        for name, state in now.items():
             log = self._folder.logs / f"{name}.log"
-            if state == "BACKOFF" != before[name][0]:
-                self._say(f"{name} ends as soon as it starts: {log}")
-            elif state in {"STARTING", "RUNNING"} and pid != before[name][1]:
+            if state.name == "BACKOFF" != before[name].name:
+                self._say(f"{name} ends soon after it starts: {log}")
+            elif state.runs and state.pid != before[name].pid:
                 self._say(f"{name} ended and was started again: {log}")
         return now
 
-    def _revive(self, states: Mapping[str, tuple[str, int]]) -> None:
+    def _revive(self, states: Mapping[str, State]) -> None:
         groups = {program.name: program.group for program in self._programs}
-        for name, (state, _) in states.items():
-            if state == "FATAL":
+        for name, state in states.items():
+            if state.name == "FATAL":
                 self._say(f"{name} ends again and again; it is tried once more, its last lines were:")
                 click.echo(self._folder.tail(name, lines=5))
                 with suppress(OSError):

@@ -16,6 +16,7 @@ test:
 
 check:
 	@tools/setup.sh dev
+	.venv/bin/python -m pip check
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy

@@ -113,8 +113,6 @@ with_uv() {
     [ -z "$index" ] || export UV_DEFAULT_INDEX="$index"
     certificates=${SSL_CERT_FILE:-$(pip_setting cert)}
     [ -z "$certificates" ] || export SSL_CERT_FILE="$certificates"
-    # A cache on another file system is no reason to warn.
-    export UV_LINK_MODE="${UV_LINK_MODE:-copy}"
     step "installing $packages packages with uv" \
         .venv/bin/uv pip install --python "$python" --require-hashes --compile-bytecode -r "$lock"
 }

@@ -232,10 +232,10 @@ def check_reach(folder: Path, user: str | None) -> None:
     """Raise StartError if the user cannot pass through the folder."""
     try:
         _output(["/bin/sh", "-c", 'cd "$0"', folder], user)
-    except StartError:
+    except StartError as error:
         raise StartError(
-            f"as root, the servers run as user `{user}`, who cannot pass through {folder} or a folder above: "
-            f"POSITION_MANAGER_DATA_DIR names another"
+            f"as root, the servers run as user `{user}`, who cannot pass through {folder} or a folder above "
+            f"(POSITION_MANAGER_DATA_DIR names another): {error}"
         ) from None
 
 

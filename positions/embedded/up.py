@@ -84,11 +84,13 @@ class Up:
         key = settings.api_key
         self._api_key = key.get_secret_value() if key else self._folder.secret("api-key")
         self._environ = {**environ, "POSITION_MANAGER_API_KEY": self._api_key}
+        everywhere = {"0.0.0.0", "::"}  # noqa: S104 - compared, not bound
+        self._host = "localhost" if settings.host in everywhere else settings.host
         self._supervisord: subprocess.Popen[bytes] | None = None
 
     def run(self) -> None:
         for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(stop, _stop)
+            signal.signal(stop, _end)
         left = children.reap(self._folder.run, "supervisord", grace_s=REAP_GRACE_S)
         if left:
             self._say(f"stopped {left} processes that the last run left behind")
@@ -273,11 +275,8 @@ class Up:
 
     def _health(self) -> dict[str, Any] | None:
         """Return what ``/health`` says; None when it does not answer or says `unhealthy`."""
-        host = self._settings.host
-        if host == "0.0.0.0":  # noqa: S104 - compared, not bound
-            host = "127.0.0.1"
         with (
-            closing(HTTPConnection(host, self._settings.port, timeout=5)) as web,
+            closing(HTTPConnection(self._host, self._settings.port, timeout=5)) as web,
             suppress(OSError, HTTPException, ValueError),
         ):
             web.request("GET", "/health")
@@ -306,7 +305,7 @@ class Up:
         raise StartError("\n".join([f"{', '.join(names)}: {what}", *tails]))
 
     def _welcome(self) -> None:
-        address = f"http://localhost:{self._settings.port}"
+        address = f"http://{self._host}:{self._settings.port}"
         # A key of the user's own is not shown to who may be looking.
         key, of_user = self._api_key, "$POSITION_MANAGER_API_KEY"
         header = f'"X-API-Key: {of_user}"' if self._settings.api_key else shlex.quote(f"X-API-Key: {key}")
@@ -327,7 +326,7 @@ Ctrl-C stops everything.
 
     def _watch(self) -> None:
         """Say what changes, and start again what supervisord gave up, until a signal ends it."""
-        before = self._supervisor.states()
+        before = self._fail_if_given_up()
         revived_at = time.monotonic()
         was_well = True
         while True:
@@ -357,9 +356,10 @@ Ctrl-C stops everything.
     def _compare(self, before: Mapping[str, State], now: dict[str, State]) -> dict[str, State]:
         for name, state in now.items():
             log = self._folder.logs / f"{name}.log"
-            if state.name == "BACKOFF" != before[name].name:
+            earlier = before.get(name, state)
+            if state.name == "BACKOFF" != earlier.name:
                 self._say(f"{name} ends soon after it starts: {log}")
-            elif state.runs and state.pid != before[name].pid:
+            elif state.runs and state.pid != earlier.pid:
                 self._say(f"{name} ended and was started again: {log}")
         return now
 
@@ -392,5 +392,5 @@ Ctrl-C stops everything.
             click.echo(f"[{time.monotonic() - self._began:6.1f} s] {what}")
 
 
-def _stop(*_: object) -> NoReturn:
+def _end(*_: object) -> NoReturn:
     sys.exit(0)

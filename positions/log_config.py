@@ -21,7 +21,16 @@ from positions.settings import Settings, unknown
 REDACTED = "[redacted]"
 
 # Their INFO tells of each message, connection or task, which the one line a task has says already.
-_NOISY = ("amqp", "celery.app.trace", "celery.worker.strategy", "kombu", "sqlalchemy", "urllib3", "werkzeug")
+_NOISY = (
+    "amqp",
+    "celery.beat",
+    "celery.app.trace",
+    "celery.worker.strategy",
+    "kombu",
+    "sqlalchemy",
+    "urllib3",
+    "werkzeug",
+)
 
 _SENSITIVE = r"(?:pass(?:word|wd|phrase)|secret|api[-_]?key|authorization|access[-_]?token|cookie)"
 _SECRET_KEY = re.compile(_SENSITIVE, re.IGNORECASE)

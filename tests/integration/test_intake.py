@@ -13,9 +13,11 @@ from typing import Any
 
 import amqp
 import pytest
+import redis
 from celery import Celery
 from sqlalchemy import Engine, func, select
 
+from positions.storage import broker
 from positions.storage.database import connect
 from positions.storage.tables import ledger, quarantine
 from tests.integration.processes import environment, worker
@@ -28,7 +30,7 @@ from tests.integration.support import (
     execution,
     publish,
 )
-from tests.services import PostgreSQL, wait_until
+from tests.services import PostgreSQL, RabbitMQ, wait_until
 
 
 @pytest.fixture
@@ -194,6 +196,39 @@ def test_a_killed_worker_loses_and_doubles_nothing(
     with worker(env, tmp_path):
         await_ledger(engine, len(messages))
     assert count(engine, ledger) == len(messages)
+    assert_positions_are_the_fold_of_the_ledger(engine)
+
+
+def test_a_broker_that_dies_loses_and_doubles_nothing(
+    engine: Engine, rabbitmq: RabbitMQ, queues: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    messages = executions(2000)
+    rabbitmq.sync_definitions()
+    publish(queues, shuffled_with_duplicates(messages))
+    with worker(env, tmp_path) as running:
+        await_ledger(engine, 300)
+        rabbitmq.kill()
+        rabbitmq.start()
+        running.await_log("intake_started", times=2)
+        await_ledger(engine, len(messages))
+        assert running.terminate() == 0
+    assert waiting(queues) == 0
+    assert count(engine, ledger) == len(messages)
+    assert_positions_are_the_fold_of_the_ledger(engine)
+
+
+def test_redis_as_the_broker_of_the_embedded_default(
+    engine: Engine, database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    messages = executions(300)
+    with broker.connect(redis_url) as connection, connection.Producer() as producer:
+        for _, message in shuffled_with_duplicates(messages):
+            producer.publish(message, serializer="json", routing_key=EXECUTION_QUEUE)
+    with worker(environment(database_url, redis_url, redis_url), tmp_path) as running:
+        await_ledger(engine, len(messages))
+        assert running.terminate() == 0
+    with redis.Redis.from_url(redis_url) as client:
+        assert client.llen(EXECUTION_QUEUE) == client.hlen("unacked") == 0
     assert_positions_are_the_fold_of_the_ledger(engine)
 
 

@@ -4,6 +4,8 @@ What each means for a task stands in :mod:`positions.tasks.policy`; what it mean
 :mod:`positions.web.problems`.
 """
 
+from collections.abc import Sequence
+
 
 class PositionsError(Exception):
     """Base of every error the service raises on purpose."""
@@ -24,6 +26,14 @@ class NotFound(PositionsError):
 
 class ConcurrencyConflict(PositionsError):
     """Another writer changed the position first: the caller's version is no longer the stored one."""
+
+
+class DeepRefold(PositionsError):
+    """Positions for which something came so late that folding them anew would hold up their neighbours."""
+
+    def __init__(self, positions: Sequence[tuple[str, str]]) -> None:
+        super().__init__(", ".join(" ".join(key) for key in positions))
+        self.positions = positions
 
 
 class Unavailable(PositionsError):

@@ -172,7 +172,7 @@ class Settings(BaseModel):
 
     @cached_property
     def broker(self) -> str:
-        """kombu URL of the broker, with the password in clear: never log it."""
+        """Kombu URL of the broker, with the password in clear: never log it."""
         if self.broker_url:
             return self.broker_url.get_secret_value()
         return (

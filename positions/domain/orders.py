@@ -41,23 +41,23 @@ def fills_of(entries: Iterable[Entry]) -> list[Fill]:
     return fills
 
 
-def new_fills(new: Sequence[Entry], of_orders: Sequence[Entry]) -> list[Fill] | None:
-    """Return the fills that ``new`` entries add, sorted; None where they change a fill already implied.
+def changed_fills(new: Sequence[Entry], of_orders: Sequence[Entry]) -> tuple[list[Fill], list[Fill]]:
+    """Return the fills that ``new`` entries add and those they take back, each in fill order.
+
+    An order report takes back what it splits: the fill that a later one of its order had implied.
 
     Args:
         new: new entries of one position.
         of_orders: all entries, the new ones included, of those of its orders that have order reports.
     """
-    if not any(entry.order_id for entry in of_orders):
-        return fills_of(new)
+    if not of_orders:
+        return fills_of(new), []
     keys = {entry.key for entry in new}
     reported = {entry.order_id for entry in of_orders}
     before = fills_of(entry for entry in of_orders if entry.key not in keys)
     after = fills_of([*of_orders, *(entry for entry in new if entry.order_id not in reported)])
-    known = set(before)
-    if not known.issubset(after):
-        return None
-    return [fill for fill in after if fill not in known]
+    known, kept = set(before), set(after)
+    return [fill for fill in after if fill not in known], [fill for fill in before if fill not in kept]
 
 
 def _direct(entry: Entry) -> Fill:

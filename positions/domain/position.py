@@ -80,6 +80,8 @@ class State:
     """The reports that still decide a field, of all legs."""
     last: FillOrder | None = None
     """The newest fill that was folded."""
+    since_point: int = 0
+    """How many fills were folded since the last :class:`Point`."""
     api_mark: Mark | None = None
     """The newest price from the price API."""
 
@@ -92,6 +94,20 @@ class State:
         if self.api_mark is not None and self.api_mark.at > report.at:
             return self.api_mark
         return Mark(price=report.mark, at=report.at, source="report")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A state of the past to fold on from, so that a late fill costs what came after it and not a history."""
+
+    order: FillOrder
+    """The last fill in it."""
+    ledger: Mapping[LegName, Leg]
+    held: Mapping[LegName, Held]
+
+
+POINT_EVERY = 500
+"""So many fills are at most folded beside those that came after a late one."""
 
 
 def empty(key: PositionKey) -> State:
@@ -137,30 +153,93 @@ def advanced(state: State, fills: Sequence[Fill], policy: Policy) -> State | Non
         elif own:
             if own[0].order.at <= max(times) or before.traded_at is None:
                 return None
-            held[name] = _carried(held[name], own)
-    return replace(state, ledger=ledger, held=held, last=fills[-1].order if fills else state.last)
+            same = held[name].leg is before
+            held[name] = replace(held[name], leg=leg) if same else _carried(held[name], own)
+    if not fills:
+        return replace(state, ledger=ledger, held=held)
+    since = state.since_point + len(fills)
+    return replace(state, ledger=ledger, held=held, last=fills[-1].order, since_point=since)
 
 
-def refolded(state: State, fills: Sequence[Fill], policy: Policy) -> State:
-    """Return ``state`` folded anew from all ``fills`` of the position (sorted) and the reports it knows."""
-    ledger, held = dict(state.ledger), dict(state.held)
-    for name in LEGS[state.key.mode]:
-        own = [fill for fill in fills if fill.leg is name]
+def due_point(state: State) -> tuple[State, Point | None]:
+    """Return ``state`` and, after every `POINT_EVERY` fills, the point to keep of it."""
+    if state.last is None or state.since_point < POINT_EVERY:
+        return state, None
+    return replace(state, since_point=0), Point(order=state.last, ledger=state.ledger, held=state.held)
+
+
+def decided_since(state: State) -> datetime | None:
+    """Return the time of the oldest report that decides a size, average or realized PnL."""
+    deciding = (_deciding(state.reports, name) for name in state.held)
+    return min((report.at for of_leg in deciding for report in of_leg.values()), default=None)
+
+
+def usable(point: Point, state: State, before: FillOrder | None) -> bool:
+    """Tell whether ``state`` can be folded on from ``point``.
+
+    Args:
+        point: a point kept of the same position.
+        state: with the reports it knows now.
+        before: the first fill that changes; None where only reports did.
+    """
+    if before is not None and point.order >= before:
+        return False
+    for name, held in point.held.items():
         deciding = _deciding(state.reports, name)
-        traded = any(fill.quantity for fill in own)
-        leg, current, position = Leg(), Held(), 0
-        for at in sorted({report.at for report in deciding.values()}):
-            until = position
-            while until < len(own) and own[until].order.at <= at:
-                until += 1
-            passed = own[position:until]
-            leg, current, position = _folded(leg, passed), _carried(current, passed), until
-            due = {name: report for name, report in deciding.items() if report.at == at}
-            current = _overruled(current, leg, due, state.held[name].leg, policy, traded=traded)
-        rest = own[position:]
-        ledger[name] = _folded(leg, rest)
-        held[name] = replace(_carried(current, rest), basis=_basis(deciding))
-    return replace(state, ledger=ledger, held=held, last=fills[-1].order if fills else None)
+        times = [report.at for report in deciding.values()]
+        untouched = not times or point.order.at < min(times)
+        if not untouched and (held.basis != _basis(deciding) or point.order.at <= max(times)):
+            return False
+    return True
+
+
+def refolded(
+    state: State, fills: Sequence[Fill], policy: Policy, *, base: Point | None = None
+) -> tuple[State, list[Point]]:
+    """Return ``state`` folded anew, and the points on the way that are worth keeping.
+
+    Args:
+        state: with the reports it knows.
+        fills: all fills of the position (sorted); with a ``base`` those after it.
+        policy: who wins.
+        base: a `usable` point to fold on from.
+    """
+    deciding = {name: _deciding(state.reports, name) for name in LEGS[state.key.mode]}
+    due = {name: sorted({report.at for report in of_leg.values()}) for name, of_leg in deciding.items()}
+    ledger = dict(base.ledger) if base else {name: Leg() for name in deciding}
+    held = {name: Held(leg) for name, leg in ledger.items()}
+    if base is not None:
+        for name, times in due.items():
+            if times and base.order.at > times[-1]:
+                held[name], due[name] = base.held[name], []
+    traded = {name for name, leg in ledger.items() if leg.traded_at} | {f.leg for f in fills if f.quantity}
+
+    def overrule(name: LegName, until: datetime | None) -> None:
+        """Apply the reports of times before ``until``; all that are left where it is None."""
+        while due[name] and (until is None or due[name][0] < until):
+            at = due[name].pop(0)
+            of_time = {each: report for each, report in deciding[name].items() if report.at == at}
+            before = state.held[name].leg
+            held[name] = _overruled(held[name], ledger[name], of_time, before, policy, traded=name in traded)
+            if not due[name]:
+                held[name] = replace(held[name], basis=_basis(deciding[name]))
+
+    points: list[Point] = []
+    for number, fill in enumerate(fills, 1):
+        name = fill.leg
+        overrule(name, fill.order.at)
+        before = ledger[name]
+        ledger[name] = before.fold(fill)
+        # Where no report overruled the fills, both are the same leg: folded once.
+        same = held[name].leg is before
+        held[name] = replace(held[name], leg=ledger[name]) if same else _carried(held[name], [fill])
+        if number % POINT_EVERY == 0:
+            points.append(Point(order=fill.order, ledger=dict(ledger), held=dict(held)))
+    for name in ledger:
+        overrule(name, None)
+    last = fills[-1].order if fills else base.order if base else None
+    since = len(fills) % POINT_EVERY
+    return replace(state, ledger=ledger, held=held, last=last, since_point=since), points
 
 
 _DECIDING: tuple[Field, ...] = ("size", "average", "realized")

@@ -10,8 +10,9 @@ from sqlalchemy import Connection
 
 from positions.domain.events import Entry, Event, Kind, PositionKey, Report, TimeSource
 from positions.domain.numbers import exact
-from positions.domain.orders import fills_of, new_fills
-from positions.domain.position import State, advanced, refolded, with_report
+from positions.domain.orders import changed_fills
+from positions.domain.position import Point, State, advanced, due_point, with_report
+from positions.handlers.refold import Late, refold
 from positions.handlers.write_changes import Change, Rules, write_changes
 from positions.storage import ledger, positions, quarantine
 from positions.storage.positions import Stored
@@ -41,6 +42,7 @@ def apply_events(
 
     Raises:
         ConcurrencyConflict: another writer changed one of the positions meanwhile.
+        DeepRefold: something so late that its positions are to be applied each alone.
     """
     outcome = Outcome()
     quarantine.add(connection, refused, now=now)
@@ -86,14 +88,14 @@ def _changes(
     for entry in new:
         by_position[entry.position].append(entry)
     orders = ledger.of_reported_orders(connection, [entry.order_id for entry in new if entry.order_id])
-    folded: dict[PositionKey, State] = {}
-    merged: dict[PositionKey, State] = {}
+    folded: dict[PositionKey, tuple[State, Sequence[Point]]] = {}
+    late: dict[PositionKey, Late] = {}
     applied: dict[PositionKey, list[Event]] = {}
     for key, before in stored.items():
         own = by_position[key]
         state, applied[key] = _with_reports(before.state, reports.get(key, ()), outcome)
-        fills = new_fills(own, orders.get(key, ()))
-        if own and fills is not None and not fills:
+        added, removed = changed_fills(own, orders.get(key, ()))
+        if own and not added and not removed:
             # Order reports that add nothing to what the ledger holds of their orders.
             outcome.counts["duplicate"] += len(own)
         else:
@@ -101,15 +103,14 @@ def _changes(
             applied[key] += own
         if before.version and not applied[key]:
             continue
-        merged[key] = state
-        ahead = None if fills is None else advanced(state, fills, rules.policy)
-        if ahead is not None:
-            folded[key] = ahead
-    late = [key for key in merged if key not in folded]
-    histories = ledger.of_positions(connection, [stored[key].id for key in late])
-    for key in late:
-        log.debug("position_refolded", asset=key.asset, mode=key.mode, entries=len(histories.get(key, ())))
-        folded[key] = refolded(merged[key], fills_of(histories.get(key, ())), rules.policy)
+        ahead = None if removed else advanced(state, added, rules.policy)
+        if ahead is None:
+            first = min((fill.order for fill in (*added, *removed)), default=None)
+            late[key] = Late(id=before.id, state=state, change=first)
+        else:
+            state, point = due_point(ahead)
+            folded[key] = state, [point] if point else []
+    folded |= refold(connection, late, policy=rules.policy, alone=len(stored) == 1)
     outcome.counts["refolded"] += len(late)
     return [
         Change(
@@ -121,8 +122,9 @@ def _changes(
             if any(isinstance(each, Entry) for each in applied[key])
             else "websocket",
             adjustments=_adjustments(key, stored[key].state, state),
+            points=points,
         )
-        for key, state in sorted(folded.items())
+        for key, (state, points) in sorted(folded.items(), key=lambda item: item[0])
     ]
 
 
@@ -163,14 +165,4 @@ def _adjustments(key: PositionKey, before: State, after: State) -> list[Entry]:
                 exec_type="Takeover",
             )
         )
-        if after.ledger[leg].traded_at is not None:
-            log.warning(
-                "size_discrepancy",
-                asset=key.asset,
-                mode=key.mode,
-                leg=leg,
-                reported=str(taken.size),
-                folded=str(taken.found),
-                outcome="taken_over",
-            )
     return made

@@ -8,13 +8,14 @@ from uuid import uuid4
 import structlog
 from sqlalchemy import Connection
 
+from positions.domain.breaks import breaks_of
 from positions.domain.events import Entry
 from positions.domain.figures import figures
 from positions.domain.numbers import exact
-from positions.domain.position import Policy, State
+from positions.domain.position import Point, Policy, State
 from positions.messages.outbound import PositionView
 from positions.messages.published import POSITION_UPDATED, position_updated
-from positions.storage import ledger, outbox, positions
+from positions.storage import breaks, fold_points, ledger, outbox, positions
 from positions.storage.portfolio import GROSS_EXPOSURE
 from positions.storage.positions import Stored
 
@@ -43,6 +44,8 @@ class Change:
     """Of the last event; made here where it had none."""
     adjustments: Sequence[Entry] = ()
     """Ledger entries that are no trades: what was taken over from the venue."""
+    points: Sequence[Point] = ()
+    """Points to fold on from."""
 
 
 def write_changes(
@@ -58,6 +61,8 @@ def write_changes(
     with exact():
         computed = [figures(change.state) for change in changes]
     ledger.insert(connection, [entry for change in changes for entry in change.adjustments])
+    fold_points.add(connection, [(change.stored.id, point) for change in changes for point in change.points])
+    _keep_breaks(connection, changes, now)
     pairs = list(zip(changes, computed, strict=True))
     positions.write(connection, [(change.stored, change.state, found) for change, found in pairs], now=now)
     gross_exposure = connection.execute(GROSS_EXPOSURE).scalar_one()
@@ -90,3 +95,29 @@ def write_changes(
             trace_id=trace_id,
         )
     outbox.add(connection, messages)
+
+
+def _keep_breaks(connection: Connection, changes: Sequence[Change], now: datetime) -> None:
+    """Keep the breaks that came or changed, and resolve those that are gone."""
+    kept: list[breaks.Found] = []
+    gone = []
+    for change in changes:
+        before, after = breaks_of(change.stored.state), breaks_of(change.state)
+        if not before and not after:
+            continue
+        for (leg, kind), found in after.items():
+            if before.get((leg, kind)) != found:
+                kept.append((change.stored.id, leg, kind, found))
+                log.warning(
+                    "break_found",
+                    asset=change.state.key.asset,
+                    mode=change.state.key.mode,
+                    leg=leg,
+                    kind=kind,
+                    ours=str(found.ours),
+                    theirs=str(found.theirs),
+                    taken_over=found.taken_over_at is not None,
+                )
+        gone += [(change.stored.id, leg, kind) for leg, kind in before if (leg, kind) not in after]
+    breaks.keep(connection, kept, now=now)
+    breaks.resolve(connection, gone, resolution="agrees", now=now)

@@ -1,5 +1,6 @@
 """The fold's state as JSON: every digit kept, empty parts left out."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from positions.domain.events import LegName, PositionKey, Report, TimeSource
 from positions.domain.leg import FillOrder, Leg
 from positions.domain.numbers import ZERO, plain
-from positions.domain.position import Held, Mark, State, Takeover, empty
+from positions.domain.position import Held, Mark, Point, State, Takeover, empty
 
 _LEG_AMOUNTS = ("size", "cost", "gross", "fees", "funding", "missing")
 _LEG_TIMES = ("opened_at", "closed_at", "traded_at", "touched_at")
@@ -18,13 +19,15 @@ def encode(state: State) -> dict[str, Any]:
     """Return ``state`` as JSON-ready data."""
     data: dict[str, Any] = {"ledger": {name: _leg(leg) for name, leg in state.ledger.items()}}
     # Where no report overrules the fills, what is held is the ledger's fold: not written twice.
-    held = {name: _held(each) for name, each in state.held.items() if each != Held(state.ledger[name])}
+    held = _all_held(state.ledger, state.held)
     if held:
         data["held"] = held
     if state.reports:
         data["reports"] = [_report(report) for report in state.reports]
     if state.last:
         data["last"] = [_time(state.last.at), state.last.seq, state.last.key]
+    if state.since_point:
+        data["since_point"] = state.since_point
     if state.api_mark:
         mark = state.api_mark
         data["api_mark"] = [plain(mark.price), _time(mark.at), mark.source]
@@ -37,10 +40,7 @@ def decode(key: PositionKey, data: dict[str, Any] | None) -> State:
     if data is None:
         return blank
     ledger = {name: _to_leg(data["ledger"].get(name, {})) for name in blank.ledger}
-    held = {
-        name: _to_held(data["held"][name]) if name in data.get("held", {}) else Held(leg)
-        for name, leg in ledger.items()
-    }
+    held = _to_all_held(ledger, data)
     last, mark = data.get("last"), data.get("api_mark")
     return State(
         key=key,
@@ -48,8 +48,33 @@ def decode(key: PositionKey, data: dict[str, Any] | None) -> State:
         held=held,
         reports=tuple(_to_report(key, report) for report in data.get("reports", ())),
         last=FillOrder(_to_time(last[0]), last[1], last[2]) if last else None,
+        since_point=data.get("since_point", 0),
         api_mark=Mark(price=Decimal(mark[0]), at=_to_time(mark[1]), source=mark[2]) if mark else None,
     )
+
+
+def encode_point(point: Point) -> dict[str, Any]:
+    """Return what `decode_point` needs beside the point's order."""
+    data: dict[str, Any] = {"ledger": {name: _leg(leg) for name, leg in point.ledger.items()}}
+    if held := _all_held(point.ledger, point.held):
+        data["held"] = held
+    return data
+
+
+def decode_point(order: FillOrder, data: dict[str, Any]) -> Point:
+    """Return the point that `encode_point` wrote."""
+    ledger = {LegName(name): _to_leg(leg) for name, leg in data["ledger"].items()}
+    return Point(order=order, ledger=ledger, held=_to_all_held(ledger, data))
+
+
+def _all_held(ledger: Mapping[LegName, Leg], held: Mapping[LegName, Held]) -> dict[str, Any]:
+    """Return what is held where a report has said something of the leg."""
+    return {name: _held(each, ledger[name]) for name, each in held.items() if each != Held(ledger[name])}
+
+
+def _to_all_held(ledger: Mapping[LegName, Leg], data: dict[str, Any]) -> dict[LegName, Held]:
+    held = data.get("held", {})
+    return {name: _to_held(held[name], leg) if name in held else Held(leg) for name, leg in ledger.items()}
 
 
 def _time(at: datetime) -> str:
@@ -72,8 +97,10 @@ def _to_leg(data: dict[str, str]) -> Leg:
     return Leg(**values)
 
 
-def _held(held: Held) -> dict[str, Any]:
-    data: dict[str, Any] = {"leg": _leg(held.leg), "basis": held.basis}
+def _held(held: Held, folded: Leg) -> dict[str, Any]:
+    data: dict[str, Any] = {"basis": held.basis}
+    if held.leg != folded:
+        data["leg"] = _leg(held.leg)
     if held.venue_realized:
         data["venue_realized"] = plain(held.venue_realized)
     if held.disputed:
@@ -84,10 +111,10 @@ def _held(held: Held) -> dict[str, Any]:
     return data
 
 
-def _to_held(data: dict[str, Any]) -> Held:
+def _to_held(data: dict[str, Any], folded: Leg) -> Held:
     taken = data.get("takeover")
     return Held(
-        leg=_to_leg(data["leg"]),
+        leg=_to_leg(data["leg"]) if "leg" in data else folded,
         venue_realized=Decimal(data["venue_realized"]) if "venue_realized" in data else ZERO,
         takeover=taken
         and Takeover(

@@ -1,12 +1,14 @@
 """The ledger: append-only; its unique key decides what is new."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection
 
 from positions.domain.events import Entry, Kind, LegName, PositionKey, TimeSource
+from positions.domain.leg import FillOrder
 
 _COLUMNS = (
     "key, kind, leg, quantity, price, fee, executed_at, time_source, venue_seq, order_id, exec_type, trace_id"
@@ -26,6 +28,7 @@ _INSERT = f"""
     ON CONFLICT (key) DO NOTHING
     RETURNING key
 """
+_BEGINNING = FillOrder(datetime(1970, 1, 1, tzinfo=UTC), -1, "")
 _SELECT = f"SELECT p.asset, p.mode, {', '.join('l.' + name for name in _COLUMNS.split(', '))}"
 _OF_ORDERS = f"""
     {_SELECT} FROM ledger l JOIN positions p ON p.id = l.position_id
@@ -33,9 +36,18 @@ _OF_ORDERS = f"""
         SELECT order_id FROM ledger WHERE order_id = ANY(%(orders)s::text[]) AND kind = 'order_report'
     )
 """
-_OF_POSITIONS = f"""
-    {_SELECT} FROM ledger l JOIN positions p ON p.id = l.position_id
-    WHERE l.position_id = ANY(%(positions)s::uuid[]) AND l.kind <> 'adjustment'
+_AFTER = f"""
+    {_SELECT} FROM unnest(
+        %(position)s::uuid[], %(at)s::timestamptz[], %(seq)s::bigint[], %(after)s::text[]
+    ) AS v (position_id, at, seq, key)
+    JOIN positions p ON p.id = v.position_id
+    CROSS JOIN LATERAL (
+        SELECT * FROM ledger
+        WHERE ledger.position_id = v.position_id AND ledger.executed_at >= v.at AND kind <> 'adjustment'
+            AND (ledger.executed_at, coalesce(ledger.venue_seq, -1), ledger.key COLLATE "C")
+                > (v.at, v.seq, v.key COLLATE "C")
+        LIMIT %(limit)s
+    ) l
 """
 
 
@@ -62,11 +74,31 @@ def of_reported_orders(connection: Connection, orders: Iterable[str]) -> dict[Po
     return _by_position(connection.exec_driver_sql(_OF_ORDERS, {"orders": wanted}))
 
 
-def of_positions(connection: Connection, ids: Sequence[str]) -> dict[PositionKey, list[Entry]]:
-    """Return all entries that are folded into the positions ``ids``, by position."""
-    if not ids:
+def after(
+    connection: Connection, starts: Mapping[str, FillOrder | None], *, limit: int | None = None
+) -> dict[PositionKey, list[Entry]]:
+    """Return the entries that are folded into positions, from where each is to be folded on.
+
+    Args:
+        connection: only read from.
+        starts: id of each position, and the fill after which its entries are wanted; None for all.
+        limit: so many entries of each at most.
+    """
+    if not starts:
         return {}
-    return _by_position(connection.exec_driver_sql(_OF_POSITIONS, {"positions": list(ids)}))
+    orders = [start or _BEGINNING for start in starts.values()]
+    return _by_position(
+        connection.exec_driver_sql(
+            _AFTER,
+            {
+                "position": list(starts),
+                "at": [order.at for order in orders],
+                "seq": [order.seq for order in orders],
+                "after": [order.key for order in orders],
+                "limit": limit,
+            },
+        )
+    )
 
 
 def _by_position(rows: Iterable[Any]) -> dict[PositionKey, list[Entry]]:

@@ -96,6 +96,42 @@ ledger = Table(
     Index("ledger_order_id_idx", "order_id", postgresql_where=text("order_id IS NOT NULL")),
 )
 
+# States of the past to fold on from when a fill comes late: nothing that could not be folded anew.
+fold_points = Table(
+    "fold_points",
+    metadata,
+    Column("position_id", UUID(as_uuid=False), ForeignKey("positions.id"), primary_key=True),
+    Column("at", Time, primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("key", Text(collation="C"), primary_key=True),
+    Column("state", JSONB, nullable=False),
+)
+
+breaks = Table(
+    "breaks",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("position_id", UUID(as_uuid=False), ForeignKey("positions.id"), nullable=False),
+    Column("leg", String(8), nullable=False),
+    Column("kind", String(32), nullable=False),
+    # The two figures that differ: what our fills say, and what the venue says.
+    Column("ours", Amount, nullable=False),
+    Column("theirs", Amount, nullable=False),
+    Column("report_id", Text),
+    Column("first_seen_at", Time, nullable=False),
+    Column("last_seen_at", Time, nullable=False),
+    Column("resolved_at", Time),
+    Column("resolution", String(32)),
+    Index(
+        "breaks_open_key",
+        "position_id",
+        "leg",
+        "kind",
+        unique=True,
+        postgresql_where=text("resolved_at IS NULL"),
+    ),
+)
+
 outbox = Table(
     "outbox",
     metadata,

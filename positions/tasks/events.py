@@ -11,7 +11,7 @@ from celery import shared_task
 
 from positions.domain.events import Event
 from positions.domain.position import Policy
-from positions.errors import ConcurrencyConflict, InvalidEvent, PositionsError, Unavailable
+from positions.errors import ConcurrencyConflict, DeepRefold, InvalidEvent, PositionsError, Unavailable
 from positions.handlers.apply_events import apply_events
 from positions.handlers.write_changes import Rules
 from positions.messages import inbound
@@ -69,17 +69,10 @@ def apply_batch(messages: Sequence[RawMessage], *, park: str | None = None) -> d
             if decoded.ignored:
                 counts["ignored"] += 1
     try:
-        outcome = in_transaction(
-            own.engine,
-            lambda connection: apply_events(
-                connection, events, refused, rules=rules(own.settings), now=datetime.now(UTC)
-            ),
-            retry=own.retry,
-        )
+        _apply(own, events, refused, counts)
     except MemoryError as error:
         # Celery would take its main process down with it; as another error it is isolated like any.
         raise PositionsError("out of memory") from error
-    counts.update(outcome.counts)
     counts["quarantined"] += len(refused)
     result = {name: count for name, count in sorted(counts.items()) if count}
     traces = dict.fromkeys(event.trace_id for event in events if event.trace_id)
@@ -101,6 +94,27 @@ def apply_batch(messages: Sequence[RawMessage], *, park: str | None = None) -> d
             trace_id=each.trace_id,
         )
     return result
+
+
+def _apply(
+    own: resources.Resources, events: Sequence[Event], refused: Sequence[Refused], counts: Counter[str]
+) -> None:
+    """Apply a batch in one transaction; a position that would hold up the others, in one of its own after it."""
+    try:
+        outcome = in_transaction(
+            own.engine,
+            lambda connection: apply_events(
+                connection, events, refused, rules=rules(own.settings), now=datetime.now(UTC)
+            ),
+            retry=own.retry,
+        )
+    except DeepRefold as deep:
+        log.warning("deep_refold", positions=str(deep))
+        _apply(own, [each for each in events if each.position not in deep.positions], refused, counts)
+        for key in deep.positions:
+            _apply(own, [each for each in events if each.position == key], [], counts)
+    else:
+        counts.update(outcome.counts)
 
 
 def rules(settings: Settings) -> Rules:

@@ -88,9 +88,10 @@ def folded(engine: Engine) -> dict[PositionKey, Figures]:
     """Return the figures of every position of executions, folded anew from the ledger."""
     with transaction(engine) as connection, exact():
         ids = [str(row["id"]) for row in stored(engine).values()]
-        entries = ledger.of_positions(connection, ids)
+        entries = ledger.after(connection, dict.fromkeys(ids))
         return {
-            key: figures(refolded(empty(key), fills_of(mine), RULES.policy)) for key, mine in entries.items()
+            key: figures(refolded(empty(key), fills_of(mine), RULES.policy)[0])
+            for key, mine in entries.items()
         }
 
 

@@ -50,7 +50,7 @@ def folded(entries: list[Entry], mark: str | None = None, key: PositionKey = NET
         leg = LegName.NET if key.mode is Mode.ONE_WAY else LegName.LONG
         state = with_report(state, Report(id="mark", position=key, leg=leg, at=at, mark=Decimal(mark)))
     with exact():
-        return figures(refolded(state, fills_of(entries), Policy()))
+        return figures(refolded(state, fills_of(entries), Policy())[0])
 
 
 ONE = ("B .5@5000 f1.375", "B .3@6000 f.99")

@@ -1,19 +1,33 @@
 """Laws of the fold: arrival order, duplicates and batching change nothing; the accounts always balance."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from positions.domain import position as positions_domain
 from positions.domain.events import Entry, Kind, LegName, Mode, PositionKey, Report, TimeSource
 from positions.domain.figures import Figures, figures
 from positions.domain.leg import Fill, Leg
 from positions.domain.numbers import ZERO, exact, rounded
-from positions.domain.orders import fills_of, new_fills
-from positions.domain.position import LEGS, Policy, State, advanced, empty, refolded, with_report
+from positions.domain.orders import changed_fills, fills_of
+from positions.domain.position import (
+    LEGS,
+    Point,
+    Policy,
+    State,
+    advanced,
+    due_point,
+    empty,
+    refolded,
+    usable,
+    with_report,
+)
 from positions.storage import codec
 
 START = datetime(2025, 1, 15, 10, tzinfo=UTC)
@@ -107,7 +121,8 @@ class Keeper:
         self.policy = policy or POLICY
         self.state = empty(key)
         self.ledger: dict[str, Entry] = {}
-        self.refolds = 0
+        self.points: list[Point] = []
+        self.refolds = self.from_points = 0
 
     def apply(self, batch: Sequence[Entry | Report]) -> None:
         new = {e.key: e for e in batch if isinstance(e, Entry) and e.key not in self.ledger}
@@ -120,11 +135,26 @@ class Keeper:
         for report in batch:
             if isinstance(report, Report):
                 state = with_report(state, report)
-        fills = new_fills(list(new.values()), of_orders)
-        ahead = None if fills is None else advanced(state, fills, self.policy)
-        if ahead is None:
+        added, removed = changed_fills(list(new.values()), of_orders)
+        ahead = None if removed else advanced(state, added, self.policy)
+        if ahead is not None:
+            ahead, point = due_point(ahead)
+            self.points += [point] if point else []
+        else:
             self.refolds += 1
-            ahead = refolded(state, fills_of(self.ledger.values()), self.policy)
+            change = min((fill.order for fill in (*added, *removed)), default=None)
+            base = next((each for each in reversed(self.points) if usable(each, state, change)), None)
+            fills = [
+                fill for fill in fills_of(self.ledger.values()) if base is None or fill.order > base.order
+            ]
+            self.from_points += base is not None
+            ahead, points = refolded(state, fills, self.policy, base=base)
+            kept = [each for each in self.points if not fills or each.order < fills[0].order]
+            self.points = kept + points
+        self.points = [
+            codec.decode_point(each.order, json.loads(json.dumps(codec.encode_point(each))))
+            for each in self.points
+        ]
         # What is stored is what the next event starts from.
         self.state = codec.decode(state.key, codec.encode(ahead))
 
@@ -172,18 +202,31 @@ def test_arrival_order_duplicates_and_batches_change_nothing(
             if isinstance(event, Report):
                 at_once = with_report(at_once, event)
         entries = [event for event in events if isinstance(event, Entry)]
-        at_once = refolded(at_once, fills_of(entries), POLICY)
+        at_once, _ = refolded(at_once, fills_of(entries), POLICY)
         keeper = Keeper(key)
         for batch in batches:
             keeper.apply(batch)
         assert comparable(keeper.state) == comparable(at_once)
 
 
+@settings(max_examples=400)
+@given(histories(), st.integers(1, 3))
+def test_folding_on_from_a_point_changes_nothing(
+    history: tuple[PositionKey, list[Entry | Report], list[list[Entry | Report]]], every: int
+) -> None:
+    _, events, batches = history
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(positions_domain, "POINT_EVERY", every)
+        test_arrival_order_duplicates_and_batches_change_nothing.hypothesis.inner_test(
+            (history[0], events, batches)
+        )
+
+
 @given(entries_of(KEYS[Mode.ONE_WAY]), prices)
 def test_realized_and_unrealized_account_for_every_fill(entries: list[Entry], mark: Decimal) -> None:
     with exact():
         fills = fills_of(entries)
-        state = refolded(empty(KEYS[Mode.ONE_WAY]), fills, POLICY)
+        state, _ = refolded(empty(KEYS[Mode.ONE_WAY]), fills, POLICY)
         leg = state.held[LegName.NET].leg
         value = leg.size * mark - (leg.cost if leg.size > 0 else -leg.cost)
         paid = sum((fill.notional if fill.quantity < 0 else -fill.notional for fill in fills), ZERO)
@@ -210,8 +253,8 @@ def test_short_is_the_mirror_of_long(entries: list[Entry]) -> None:
     mirrored = [replace(entry, quantity=-entry.quantity, fee=ZERO) for entry in entries]
     plain = [replace(entry, fee=ZERO) for entry in entries]
     with exact():
-        one = refolded(empty(KEYS[Mode.ONE_WAY]), fills_of(plain), POLICY).held[LegName.NET].leg
-        other = refolded(empty(KEYS[Mode.ONE_WAY]), fills_of(mirrored), POLICY).held[LegName.NET].leg
+        one = refolded(empty(KEYS[Mode.ONE_WAY]), fills_of(plain), POLICY)[0].held[LegName.NET].leg
+        other = refolded(empty(KEYS[Mode.ONE_WAY]), fills_of(mirrored), POLICY)[0].held[LegName.NET].leg
         assert (one.size, one.cost, one.gross) == (-other.size, other.cost, -other.gross)
 
 
@@ -220,7 +263,7 @@ def test_a_flip_is_a_close_and_an_open(
     entries: list[Entry], beyond: Decimal, price: Decimal, fee: Decimal
 ) -> None:
     with exact():
-        leg = refolded(empty(KEYS[Mode.ONE_WAY]), fills_of(entries), POLICY).ledger[LegName.NET]
+        leg = refolded(empty(KEYS[Mode.ONE_WAY]), fills_of(entries), POLICY)[0].ledger[LegName.NET]
         whole = abs(leg.size) + beyond
         flip = Fill(
             order=fills_of([_late("flip")])[0].order,
@@ -245,7 +288,7 @@ def test_splitting_a_fill_at_one_price_changes_nothing(
     entries: list[Entry], first: Decimal, second: Decimal, price: Decimal, sign: int
 ) -> None:
     with exact():
-        leg = refolded(empty(KEYS[Mode.ONE_WAY]), fills_of(entries), POLICY).ledger[LegName.NET]
+        leg = refolded(empty(KEYS[Mode.ONE_WAY]), fills_of(entries), POLICY)[0].ledger[LegName.NET]
         parts = [
             replace(_late(f"part-{number}"), quantity=quantity * sign, price=price)
             for number, quantity in enumerate((first, second))
@@ -265,7 +308,7 @@ def test_splitting_a_fill_at_one_price_changes_nothing(
 @given(entries_of(KEYS[Mode.HEDGE]))
 def test_a_hedge_leg_never_goes_through_zero(entries: list[Entry]) -> None:
     with exact():
-        legs = refolded(empty(KEYS[Mode.HEDGE]), fills_of(entries), POLICY).ledger
+        legs = refolded(empty(KEYS[Mode.HEDGE]), fills_of(entries), POLICY)[0].ledger
     assert legs[LegName.LONG].size >= 0
     assert legs[LegName.SHORT].size <= 0
 

@@ -75,11 +75,10 @@ def entries_of(draw: st.DrawFn, key: PositionKey, *, orders: bool = True) -> lis
 @st.composite
 def reports_of(draw: st.DrawFn, key: PositionKey) -> list[Report]:
     """Draw exchange reports, complete and partial ones."""
-    maybe = lambda values: st.none() | values  # noqa: E731
     made = []
     for number in range(draw(st.integers(0, 4))):
         leg = draw(st.sampled_from(LEGS[key.mode]))
-        size = draw(maybe(quantities | st.just(ZERO)))
+        size = draw(st.none() | quantities | st.just(ZERO))
         if size is not None:
             size = {LegName.LONG: size, LegName.SHORT: -size}.get(leg, size * draw(signs))
         made.append(
@@ -89,12 +88,12 @@ def reports_of(draw: st.DrawFn, key: PositionKey) -> list[Report]:
                 leg=leg,
                 at=draw(moments),
                 time_source=draw(st.sampled_from([TimeSource.EVENT, TimeSource.ARRIVAL])),
-                seq=draw(maybe(st.integers(1, 5))),
+                seq=draw(st.none() | st.integers(1, 5)),
                 size=size,
-                average=draw(maybe(prices)),
-                unrealized=draw(maybe(fees)),
-                realized=draw(maybe(fees)),
-                mark=draw(maybe(prices)),
+                average=draw(st.none() | prices),
+                unrealized=draw(st.none() | fees),
+                realized=draw(st.none() | fees),
+                mark=draw(st.none() | prices),
             )
         )
     return made

@@ -35,7 +35,9 @@ class Settings(BaseModel):
     # --- the service itself
     service_name: str = Field("position-manager", validation_alias=_env("SERVICE_NAME"), max_length=60)
     host: str = Field(
-        "0.0.0.0", validation_alias=_env("HOST"), description="Address the REST API listens on."
+        "0.0.0.0",  # noqa: S104 - the older service listens everywhere; what it serves needs a key
+        validation_alias=_env("HOST"),
+        description="Address the REST API listens on.",
     )
     port: int = Field(4800, validation_alias=_env("PORT"), ge=1, le=65535)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
@@ -172,7 +174,7 @@ class Settings(BaseModel):
 
     @cached_property
     def broker(self) -> str:
-        """Kombu URL of the broker, with the password in clear: never log it."""
+        """URL of the broker for kombu, with the password in clear: never log it."""
         if self.broker_url:
             return self.broker_url.get_secret_value()
         return (

@@ -99,7 +99,7 @@ def apply_batch(messages: Sequence[RawMessage], *, park: str | None = None) -> d
 def _apply(
     own: resources.Resources, events: Sequence[Event], refused: Sequence[Refused], counts: Counter[str]
 ) -> None:
-    """Apply a batch in one transaction; a position that would hold up the others, in one of its own after it."""
+    """Apply a batch in one transaction; a position that would hold up the others, alone after it."""
     try:
         outcome = in_transaction(
             own.engine,

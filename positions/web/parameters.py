@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,
 _NUMBER_MAX_CHARS = 80
 
 
-class BadParameters(PositionsError):  # noqa: N818 - like the rest of the tree
+class BadParameters(PositionsError):
     """Parameters that mean nothing here.
 
     Args:

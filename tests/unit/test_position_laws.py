@@ -89,11 +89,10 @@ def entries_of(draw: st.DrawFn, key: PositionKey, *, orders: bool = True) -> lis
 @st.composite
 def reports_of(draw: st.DrawFn, key: PositionKey) -> list[Report]:
     """Draw exchange reports, complete and partial ones."""
-    maybe = lambda values: st.none() | values  # noqa: E731
     made = []
     for number in range(draw(st.integers(0, 4))):
         leg = draw(st.sampled_from(LEGS[key.mode]))
-        size = draw(maybe(quantities | st.just(ZERO)))
+        size = draw(st.none() | quantities | st.just(ZERO))
         if size is not None:
             size = {LegName.LONG: size, LegName.SHORT: -size}.get(leg, size * draw(signs))
         made.append(
@@ -103,12 +102,12 @@ def reports_of(draw: st.DrawFn, key: PositionKey) -> list[Report]:
                 leg=leg,
                 at=draw(moments),
                 time_source=draw(st.sampled_from([TimeSource.EVENT, TimeSource.ARRIVAL])),
-                seq=draw(maybe(st.integers(1, 5))),
+                seq=draw(st.none() | st.integers(1, 5)),
                 size=size,
-                average=draw(maybe(prices)),
-                unrealized=draw(maybe(fees)),
-                realized=draw(maybe(fees)),
-                mark=draw(maybe(prices)),
+                average=draw(st.none() | prices),
+                unrealized=draw(st.none() | fees),
+                realized=draw(st.none() | fees),
+                mark=draw(st.none() | prices),
             )
         )
     return made
@@ -190,11 +189,10 @@ def histories(draw: st.DrawFn) -> tuple[PositionKey, list[Entry | Report], list[
     return key, events, batches
 
 
-@settings(max_examples=400)
-@given(histories())
-def test_arrival_order_duplicates_and_batches_change_nothing(
-    history: tuple[PositionKey, list[Entry | Report], list[list[Entry | Report]]],
-) -> None:
+History = tuple[PositionKey, list[Entry | Report], list[list[Entry | Report]]]
+
+
+def assert_converges(history: History) -> None:
     key, events, batches = history
     with exact():
         at_once = empty(key)
@@ -210,16 +208,34 @@ def test_arrival_order_duplicates_and_batches_change_nothing(
 
 
 @settings(max_examples=400)
+@given(histories())
+def test_arrival_order_duplicates_and_batches_change_nothing(history: History) -> None:
+    assert_converges(history)
+
+
+@settings(max_examples=400)
 @given(histories(), st.integers(1, 3))
-def test_folding_on_from_a_point_changes_nothing(
-    history: tuple[PositionKey, list[Entry | Report], list[list[Entry | Report]]], every: int
-) -> None:
-    _, events, batches = history
+def test_folding_on_from_a_point_changes_nothing(history: History, every: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(positions_domain, "POINT_EVERY", every)
-        test_arrival_order_duplicates_and_batches_change_nothing.hypothesis.inner_test(
-            (history[0], events, batches)
-        )
+        assert_converges(history)
+
+
+def test_a_late_fill_is_folded_from_the_last_point_before_it() -> None:
+    key = KEYS[Mode.ONE_WAY]
+    entries = [
+        replace(_late(f"exec:{number}"), executed_at=START + timedelta(seconds=number))
+        for number in range(1200)
+    ]
+    late = entries.pop(1100)
+    with exact():
+        keeper = Keeper(key)
+        for start in range(0, len(entries), 100):
+            keeper.apply(entries[start : start + 100])
+        keeper.apply([late])
+        assert keeper.refolds == keeper.from_points == 1
+        assert keeper.state.held[LegName.NET].leg.size == 1200
+        assert max(point.order for point in keeper.points).at < late.executed_at
 
 
 @given(entries_of(KEYS[Mode.ONE_WAY]), prices)
@@ -235,9 +251,7 @@ def test_realized_and_unrealized_account_for_every_fill(entries: list[Entry], ma
 
 
 @given(histories())
-def test_parts_sum_to_realized_pnl(
-    history: tuple[PositionKey, list[Entry | Report], list[list[Entry | Report]]],
-) -> None:
+def test_parts_sum_to_realized_pnl(history: History) -> None:
     key, _, batches = history
     with exact():
         keeper = Keeper(key)

@@ -42,7 +42,7 @@ def order_report(cumulative: str, average: str, second: int) -> Entry:
 
 
 def report(second: int, **fields: Any) -> Report:
-    values = {
+    values: dict[str, Any] = {
         name: Decimal(fields.pop(name))
         for name in ("size", "average", "unrealized", "realized", "mark")
         if name in fields

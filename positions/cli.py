@@ -1,13 +1,23 @@
 """The `positions` command."""
 
+from __future__ import annotations
+
+import dataclasses
+import json
 import os
 import signal
 import sys
 import threading
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import click
 
 from positions import settings
+from positions.errors import InvalidEvent, NotFound, Unavailable
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,11 +62,150 @@ def up() -> None:
         raise click.ClickException(str(error)) from None
 
 
+@cli.group()
+def quarantine() -> None:
+    """Messages that could not be applied: list, read and replay them."""
+
+
+def _json_line(data: object) -> None:
+    click.echo(json.dumps(data, default=str, ensure_ascii=False))
+
+
+@quarantine.command("list")
+@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True)
+@click.option("--before", type=int, help="Only those with a smaller id: the next page.")
+@click.option("--replayed", is_flag=True, help="Those that were replayed too.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def quarantine_list(*, limit: int, before: int | None, replayed: bool, as_json: bool) -> None:
+    """List the newest messages in quarantine."""
+    from positions.storage import quarantine as store
+    from positions.storage.database import transaction
+
+    with transaction(_engine()) as connection:
+        messages = store.newest(connection, limit=limit, before=before, replayed=replayed)
+    for kept in messages:
+        if as_json:
+            refused = kept.refused
+            row = {"id": kept.id, "queue": refused.queue, "reason": refused.reason, "field": refused.field}
+            times = {"last_seen_at": kept.last_seen_at, "replayed_at": kept.replayed_at}
+            _json_line({**row, "times_seen": kept.times_seen, "bytes": len(refused.body), **times})
+        else:
+            reason = ": ".join(filter(None, (kept.refused.field, kept.refused.reason)))
+            seen = f"{kept.last_seen_at:%Y-%m-%d %H:%M:%S} UTC  {kept.times_seen:4}x"
+            click.echo(f"{kept.id:8}  {seen}  {kept.refused.queue:30}  {reason}")
+
+
+@quarantine.command("show")
+@click.argument("id_", metavar="ID", type=int)
+def quarantine_show(id_: int) -> None:
+    """Print one message whole, as JSON."""
+    from positions.storage import quarantine as store
+    from positions.storage.database import transaction
+
+    with transaction(_engine()) as connection:
+        kept = store.find(connection, id_)
+    data = dataclasses.asdict(kept)
+    data["refused"]["body"] = kept.refused.body.decode(errors="backslashreplace")
+    click.echo(json.dumps(data, default=str, ensure_ascii=False, indent=2))
+
+
+@quarantine.command("replay")
+@click.argument("ids", metavar="[ID]...", type=int, nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All that were not replayed yet.")
+def quarantine_replay(*, ids: tuple[int, ...], everything: bool) -> None:
+    """Apply messages again, each in a transaction of its own; exit with 1 if one is refused again."""
+    from positions.handlers.replay_quarantine import replay_quarantine
+    from positions.storage import quarantine as store
+    from positions.storage.database import Retry, in_transaction, transaction
+    from positions.tasks.events import rules
+
+    if bool(ids) is everything:
+        raise click.UsageError("name the messages, or give --all")
+    own, engine, failed = settings.load(), _engine(), False
+    wanted = list(ids)
+    if everything:
+        before: int | None = None
+        with transaction(engine) as connection:
+            while page := store.newest(connection, limit=1000, before=before):
+                before = page[-1].id
+                wanted += [kept.id for kept in page]
+        wanted.reverse()
+    for id_ in wanted:
+        try:
+            outcome = in_transaction(
+                engine,
+                lambda connection, id_=id_: replay_quarantine(  # type: ignore[misc]
+                    connection, id_, rules=rules(own), max_bytes=own.message_max_bytes, now=datetime.now(UTC)
+                ),
+                retry=Retry(),
+            )
+        except (InvalidEvent, NotFound) as error:
+            failed = True
+            click.echo(f"{id_}: refused: {error}", err=True)
+        else:
+            counts = ", ".join(f"{count} {name}" for name, count in outcome.counts.items() if count)
+            click.echo(f"{id_}: {counts}")
+    sys.exit(1 if failed else 0)
+
+
+@cli.command()
+@click.option("--asset", help="Only the positions in this asset.")
+@click.option("--repair", is_flag=True, help="Write positions that differ anew.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for each position that differs.")
+def rebuild(*, asset: str | None, repair: bool, as_json: bool) -> None:
+    """Fold positions anew from the ledger and report any difference; exit with 1 if there is one.
+
+    The service goes on working meanwhile: each position is compared in a snapshot of its own.
+    """
+    from positions.handlers.rebuild_position import rebuild_position
+    from positions.storage import positions as store
+    from positions.storage.database import transaction
+    from positions.tasks.events import rules
+
+    own = rules(settings.load())
+    engine = _engine()
+    snapshots = engine.execution_options(isolation_level="REPEATABLE READ")
+    with transaction(engine) as connection:
+        keys = store.keys(connection, asset=asset.upper() if asset else None)
+    differing = 0
+    quiet = as_json or not sys.stderr.isatty()
+    with click.progressbar(keys, file=sys.stderr, hidden=quiet, label="folding") as shown:
+        for key in shown:
+            now = datetime.now(UTC)
+            with transaction(snapshots) as connection:
+                found = rebuild_position(connection, key, rules=own, now=now, repair=False)
+            if found and repair:
+                with transaction(engine) as connection:
+                    found = rebuild_position(connection, key, rules=own, now=now, repair=True)
+            if not found:
+                continue
+            differing += 1
+            for name, (stored, folded) in found.items():
+                row = {"asset": key.asset, "mode": key.mode, "figure": name}
+                if as_json:
+                    _json_line({**row, "stored": stored, "folded": folded, "repaired": repair})
+                else:
+                    click.echo(
+                        f"{key.asset} {key.mode} {name}: stored {stored}, the ledger folds to {folded}"
+                    )
+    click.echo(f"{len(keys)} positions folded anew, {differing} differ", err=True)
+    sys.exit(1 if differing else 0)
+
+
+def _engine() -> Engine:
+    from positions import log_config
+    from positions.storage.database import connect
+
+    own = settings.load()
+    log_config.configure(own)
+    return connect(own.database, pool_size=2, application=f"{own.service_name} cli")
+
+
 def main() -> None:
     """Run the command; a wrong setting is one line on standard error, not a traceback."""
     try:
         cli()
-    except settings.SettingsError as error:
+    except (settings.SettingsError, NotFound, Unavailable) as error:
         sys.exit(f"positions: {error}")
 
 

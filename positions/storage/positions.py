@@ -125,8 +125,22 @@ def write(connection: Connection, changes: Sequence[tuple[Stored, State, Figures
         )
 
 
-def _arrays(keys: Iterable[PositionKey]) -> dict[str, list[str]]:
-    ordered = sorted(set(keys))
+def figures_of(connection: Connection, id_: str) -> Mapping[str, Any]:
+    """Return the stored figures of a position."""
+    statement = f"SELECT {', '.join(_FIGURES)} FROM positions WHERE id = %(id)s"
+    return dict(connection.exec_driver_sql(statement, {"id": id_}).mappings().one())
+
+
+def keys(connection: Connection, *, asset: str | None = None) -> list[PositionKey]:
+    """Return the keys of all positions, or of those in one asset, in order."""
+    statement = (
+        "SELECT asset, mode FROM positions WHERE %(asset)s IS NULL OR asset = %(asset)s ORDER BY asset, mode"
+    )
+    return [PositionKey.of(*row) for row in connection.exec_driver_sql(statement, {"asset": asset})]
+
+
+def _arrays(of: Iterable[PositionKey]) -> dict[str, list[str]]:
+    ordered = sorted(set(of))
     return {"asset": [key.asset for key in ordered], "mode": [str(key.mode) for key in ordered]}
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from positions.errors import NotFound
+
 _INSERT = """
     INSERT INTO quarantine
         (digest, queue, reason, field, trace_id, headers, properties, body, first_seen_at, last_seen_at)
@@ -66,3 +68,68 @@ def add(connection: Connection, refused: Sequence[Refused], *, now: datetime) ->
 def _json(data: Mapping[str, Any]) -> str:
     # Headers are the publisher's: any type AMQP knows, and PostgreSQL takes no NUL in JSON.
     return json.dumps(data, default=str).replace("\\u0000", "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """A message in quarantine."""
+
+    id: int
+    refused: Refused
+    times_seen: int
+    first_seen_at: datetime
+    last_seen_at: datetime
+    replayed_at: datetime | None
+
+
+def newest(
+    connection: Connection, *, limit: int, before: int | None = None, replayed: bool = False
+) -> list[Kept]:
+    """Return the newest messages, the newest first.
+
+    Args:
+        connection: only read from.
+        limit: so many at most.
+        before: only those with a smaller id: the next page.
+        replayed: those that were replayed too.
+    """
+    rows = connection.exec_driver_sql(
+        "SELECT * FROM quarantine WHERE id < %(before)s AND (%(replayed)s OR replayed_at IS NULL)"
+        " ORDER BY id DESC LIMIT %(limit)s",
+        {"before": before or 2**62, "replayed": replayed, "limit": limit},
+    )
+    return [_kept(row) for row in rows]
+
+
+def find(connection: Connection, id_: int) -> Kept:
+    """Return one message, locked: it is replayed once at a time.
+
+    Raises:
+        NotFound: there is none of this id.
+    """
+    statement = "SELECT * FROM quarantine WHERE id = %(id)s FOR UPDATE"
+    row = connection.exec_driver_sql(statement, {"id": id_}).one_or_none()
+    if row is None:
+        raise NotFound(f"no message {id_} in quarantine")
+    return _kept(row)
+
+
+def mark_replayed(connection: Connection, id_: int, *, now: datetime) -> None:
+    """Say that a message was replayed."""
+    connection.exec_driver_sql(
+        "UPDATE quarantine SET replayed_at = %(now)s WHERE id = %(id)s", {"id": id_, "now": now}
+    )
+
+
+def _kept(row: Any) -> Kept:
+    refused = Refused(
+        queue=row.queue,
+        body=bytes(row.body),
+        headers=row.headers,
+        properties=row.properties,
+        reason=row.reason,
+        field=row.field,
+        trace_id=row.trace_id or "",
+    )
+    names = ("id", "times_seen", "first_seen_at", "last_seen_at", "replayed_at")
+    return Kept(refused=refused, **{name: getattr(row, name) for name in names})

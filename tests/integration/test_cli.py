@@ -1,0 +1,111 @@
+"""What an operator does from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from sqlalchemy import Engine, text
+from structlog.testing import capture_logs
+
+from positions import log_config
+from positions.cli import cli
+from positions.domain.events import Mode, PositionKey
+from positions.storage import quarantine
+from positions.storage.database import connect, transaction
+from tests.integration.support import apply, execution, stored
+
+BTC = PositionKey("BTCUSDT", Mode.ONE_WAY)
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    made = connect(database_url)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def run(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(log_config, "configure", lambda _: None)
+
+    def invoke(*arguments: str) -> Result:
+        with capture_logs():
+            return CliRunner().invoke(cli, arguments, env={"POSITION_MANAGER_DATABASE_URL": database_url})
+
+    return invoke
+
+
+def refuse(engine: Engine, message: dict[str, Any], reason: str = "because") -> None:
+    refused = quarantine.Refused(
+        queue="order-manager.order_executed",
+        body=json.dumps(message).encode(),
+        headers={},
+        properties={"timestamp": "2025-01-15T09:00:00"},
+        reason=reason,
+        field="price",
+    )
+    with transaction(engine) as connection:
+        quarantine.add(connection, [refused], now=NOW)
+
+
+def test_quarantine_is_listed_and_read(engine: Engine, run: Any) -> None:
+    refuse(engine, execution("BTCUSDT", "Buy", "1", "100"))
+    refuse(engine, execution("BTCUSDT", "Buy", "1", "100"))
+    listed = run("quarantine", "list")
+    assert listed.exit_code == 0
+    assert "2x  order-manager.order_executed" in listed.output
+    assert "price: because" in listed.output
+    (row,) = map(json.loads, run("quarantine", "list", "--json").output.splitlines())
+    shown = json.loads(run("quarantine", "show", str(row["id"])).output)
+    assert json.loads(shown["refused"]["body"])["asset"] == "BTCUSDT"
+    assert shown["times_seen"] == 2
+    missing = run("quarantine", "show", "999")
+    assert missing.exit_code == 1
+
+
+def test_a_replay_is_as_idempotent_as_a_redelivery(engine: Engine, run: Any) -> None:
+    untimed = execution("BTCUSDT", "Buy", "1", "100", executed_at=None)
+    refuse(engine, untimed)
+    (row,) = map(json.loads, run("quarantine", "list", "--json").output.splitlines())
+    assert run("quarantine", "replay", str(row["id"])).output.strip() == f"{row['id']}: 1 applied"
+    assert run("quarantine", "list", "--json").output == ""
+    assert run("quarantine", "replay", str(row["id"])).output.strip() == f"{row['id']}: 1 duplicate"
+    assert stored(engine)[BTC]["size"] == 1
+    assert stored(engine)[BTC]["opened_at"] == datetime(2025, 1, 15, 9, tzinfo=UTC)
+
+
+def test_a_message_that_is_refused_again_stays(engine: Engine, run: Any) -> None:
+    refuse(engine, execution("BTCUSDT", "Buy", "1", "NaN"))
+    refuse(engine, execution("ETHUSDT", "Buy", "1", "100"))
+    result = run("quarantine", "replay", "--all")
+    assert result.exit_code == 1
+    assert "not a finite number" in result.output
+    (row,) = map(json.loads, run("quarantine", "list", "--json").output.splitlines())
+    assert row["replayed_at"] is None
+    assert [key.asset for key in stored(engine)] == ["ETHUSDT"]
+
+
+def test_rebuild_finds_and_repairs_a_position_that_was_tampered_with(engine: Engine, run: Any) -> None:
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100"), execution("ETHUSDT", "Buy", "1", "100")])
+    clean = run("rebuild")
+    assert (clean.exit_code, clean.stdout) == (0, "")
+    assert "2 positions folded anew, 0 differ" in clean.stderr
+    with transaction(engine) as connection:
+        connection.execute(text("UPDATE positions SET size = 7 WHERE asset = 'BTCUSDT'"))
+    found = run("rebuild", "--asset", "btcusdt", "--json")
+    assert found.exit_code == 1
+    row = json.loads(found.stdout)
+    assert (row["figure"], row["stored"], row["folded"]) == (
+        "size",
+        "7.000000000000000000",
+        "1.000000000000000000",
+    )
+    assert run("rebuild", "--repair").exit_code == 1
+    assert stored(engine)[BTC]["size"] == 1
+    assert run("rebuild").exit_code == 0

@@ -18,11 +18,16 @@ import amqp
 import psycopg2
 import pytest
 import redis
+from hypothesis import HealthCheck, settings
 from kombu.utils.url import parse_url
 from psycopg2 import sql
 from sqlalchemy.engine import URL, make_url
 
 from tests.services import PostgreSQL, RabbitMQ, Redis, Server
+
+# How long an example takes says nothing on a machine that others use too.
+settings.register_profile("positions", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("positions")
 
 _serial = itertools.count(1)
 

@@ -58,6 +58,15 @@ def upgrade() -> None:
             op.execute(f"ALTER TABLE positions ALTER COLUMN {name} SET DEFAULT {default}")
         if required:
             op.execute(f"ALTER TABLE positions ALTER COLUMN {name} SET NOT NULL")
+    # What an older service did not keep follows from what it did: exposure is read from the legs, and the
+    # parts of the realized PnL sum to it.
+    op.execute("""
+        UPDATE positions SET long_size = greatest(size, 0), short_size = least(size, 0)
+        WHERE mode = 'one-way' AND long_size = 0 AND short_size = 0 AND size <> 0""")
+    op.execute("UPDATE positions SET opened_at = created_at WHERE size <> 0 AND opened_at IS NULL")
+    op.execute("""
+        UPDATE positions SET realized_adjustment = realized_pnl - realized_gross + fees_paid - funding_received
+        WHERE realized_pnl <> realized_gross - fees_paid + funding_received + realized_adjustment""")
     op.execute("UPDATE positions SET asset = upper(asset) WHERE asset <> upper(asset)")
     op.execute("ALTER TABLE positions DROP CONSTRAINT IF EXISTS positions_mode_check")
     op.execute("ALTER TABLE positions ADD CONSTRAINT positions_mode_check CHECK (mode IN ('one-way', 'hedge'))")

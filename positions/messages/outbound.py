@@ -5,7 +5,7 @@ data: decimals as plain strings, times as ISO 8601 UTC ending in Z.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Self
@@ -231,13 +231,17 @@ def portfolio_object(view: PortfolioView) -> dict[str, object]:
 
 
 def _asset_object(view: AssetView) -> dict[str, object]:
-    figures = {name: _json(value) for name, value in asdict(view).items()}
+    exposure = _json(view.exposure_usdt)
+    unrealized, realized = plain(view.unrealized_pnl_usdt), plain(view.realized_pnl_usdt)
     # The short names are the contract's, the long ones those the older service answers under.
     return {
-        "exposure": figures["exposure_usdt"],
-        "unrealized": figures["unrealized_pnl_usdt"],
-        "realized": figures["realized_pnl_usdt"],
-        **figures,
+        "exposure": exposure,
+        "unrealized": unrealized,
+        "realized": realized,
+        "exposure_usdt": exposure,
+        "unrealized_pnl_usdt": unrealized,
+        "realized_pnl_usdt": realized,
+        "size": plain(view.size),
     }
 
 

@@ -172,10 +172,10 @@ def test_price_is_stale_by_its_own_time(price_at: datetime | None, stale: bool) 
 
 
 def test_products_keep_every_digit() -> None:
-    large = Decimal("12345678901234567890.123456789012345678")
-    view = _view(str(large), size=large, long_size=large, average_entry_price=large, current_price=Decimal(1))
-    assert view.position_size_norm == 1
-    assert view.unrealized_pnl == Decimal(150)
+    view = _view(
+        average_entry_price=Decimal(1), size=Decimal(1), unrealized_pnl=Decimal("1" * 20 + "." + "2" * 18)
+    )
+    assert str(view.unrealized_pnl_pct) == "1" * 20 + "22." + "2" * 16 + "00"
 
 
 def _sums(asset: str, **changes: Any) -> dict[str, Any]:

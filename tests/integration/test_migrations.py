@@ -1,0 +1,106 @@
+"""The schema: in one step on an empty database, and over the tables of an older service without loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from decimal import Decimal
+from uuid import uuid4
+
+import psycopg2
+import pytest
+from alembic import command
+from sqlalchemy import Engine, text
+from sqlalchemy.engine import make_url
+
+from positions.domain.events import Mode, PositionKey
+from positions.storage import migrate
+from positions.storage.database import connect
+from tests.integration.support import apply, execution, stored
+from tests.services import PostgreSQL
+
+BTC = PositionKey("BTCUSDT", Mode.ONE_WAY)
+# As a service of the same contract may have made it: narrower numbers, times without zone, nulls.
+OLDER = """
+    CREATE TABLE positions (
+        id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+        asset varchar(20) NOT NULL,
+        mode varchar(20) NOT NULL DEFAULT 'one-way',
+        size numeric(20, 8) NOT NULL DEFAULT 0,
+        average_entry_price numeric(20, 8),
+        current_price numeric(20, 8),
+        unrealized_pnl numeric(20, 8),
+        realized_pnl numeric(20, 8),
+        long_size numeric(20, 8),
+        short_size numeric(20, 8),
+        long_avg_price numeric(20, 8),
+        short_avg_price numeric(20, 8),
+        version integer NOT NULL DEFAULT 1,
+        last_updated timestamp NOT NULL DEFAULT now(),
+        closed_at timestamp,
+        created_at timestamp NOT NULL DEFAULT now(),
+        note text,
+        CONSTRAINT unique_asset_mode UNIQUE (asset, mode)
+    );
+    INSERT INTO positions
+        (asset, size, average_entry_price, current_price, unrealized_pnl, realized_pnl, version,
+        last_updated, note)
+    VALUES
+        ('BTCUSDT', -1.5, 50000, 49000, 1500, 12.5, 7, '2025-01-15 09:00', 'kept'),
+        ('ethusdt', 0, NULL, NULL, NULL, 3, 2, '2025-01-15 09:00', NULL);
+"""
+
+
+@pytest.fixture
+def empty_url(postgres: PostgreSQL) -> Iterator[str]:
+    url = make_url(postgres.url).set(database=f"migrations_{uuid4().hex[:8]}")
+    admin = make_url(postgres.url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with closing(psycopg2.connect(admin)) as connection:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute(f"CREATE DATABASE {url.database}")
+            yield url.render_as_string(hide_password=False)
+            cursor.execute(f"DROP DATABASE {url.database} WITH (FORCE)")
+
+
+@pytest.fixture
+def engine(empty_url: str) -> Iterator[Engine]:
+    made = connect(empty_url)
+    yield made
+    made.dispose()
+
+
+def test_the_migrated_schema_is_the_tables_of_the_code(empty_url: str) -> None:
+    migrate.upgrade(empty_url)
+    migrate.upgrade(empty_url)
+    command.check(migrate.config(empty_url))
+
+
+def test_an_older_service_s_positions_are_brought_over_without_loss(empty_url: str, engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(text(OLDER))
+    migrate.upgrade(empty_url)
+    rows = stored(engine)
+    row = rows[BTC]
+    assert (row["size"], row["realized_pnl"], row["version"]) == (Decimal("-1.5"), Decimal("12.5"), 7)
+    assert (row["long_size"], row["short_size"]) == (0, Decimal("-1.5"))
+    assert row["last_updated"] == datetime(2025, 1, 15, 9, tzinfo=UTC)
+    parts = row["realized_gross"] - row["fees_paid"] + row["funding_received"] + row["realized_adjustment"]
+    assert parts == row["realized_pnl"]
+    assert rows[PositionKey("ETHUSDT", Mode.ONE_WAY)]["unrealized_pnl"] == 0
+    with engine.connect() as connection:
+        assert (
+            connection.execute(text("SELECT note FROM positions WHERE asset = 'BTCUSDT'")).scalar() == "kept"
+        )
+
+
+def test_fills_fold_on_top_of_a_position_that_was_brought_over(empty_url: str, engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(text(OLDER))
+    migrate.upgrade(empty_url)
+    apply(engine, [execution("BTCUSDT", "Buy", "0.5", "48000", execution_fees="1")])
+    row = stored(engine)[BTC]
+    assert (row["size"], row["average_entry_price"], row["version"]) == (-1, 50000, 8)
+    # 12.5 brought over, 0.5 x (50000 - 48000) gained, 1 paid.
+    assert row["realized_pnl"] == Decimal("1011.5")

@@ -1,6 +1,6 @@
 """The errors of the service, one small tree.
 
-What each means for a task stands in :mod:`positions.tasks.policy`; what it means for HTTP, in
+What each means for a batch of events stands in :mod:`positions.tasks.intake`; what it means for HTTP, in
 :mod:`positions.web.problems`.
 """
 

@@ -86,7 +86,14 @@ def _events(envelope: Record, delivery: Delivery) -> Decoded:
             tuple(each for index, record in enumerate(records) for each in _reports(record, source, index))
         )
     if kind in (None, "execution") and topic == "execution":
-        return Decoded(tuple(_execution(record, source) for record in _records(envelope)))
+        records = _records(envelope)
+        # Several records share their envelope's id and content: their place in it tells them apart.
+        places = [f":{index}" if len(records) > 1 else "" for index in range(len(records))]
+        return Decoded(
+            tuple(
+                _execution(record, source, place=place) for record, place in zip(records, places, strict=True)
+            )
+        )
     if kind is None and topic is None:
         raise InvalidEvent("missing, and there is no topic either", "event_type")
     raise InvalidEvent(f"unknown event type {_quoted(topic if kind is None else kind)}", "event_type")
@@ -480,7 +487,7 @@ _FILLED_NAMES = {
 }
 
 
-def _execution(record: Record, source: _Source, *, filled: bool = False) -> Entry:
+def _execution(record: Record, source: _Source, *, filled: bool = False, place: str = "") -> Entry:
     """Return the ledger entry of one execution."""
     wire = _Execution(**_given(_FILLED_NAMES if filled else _EXECUTION_NAMES, record))
     exec_type = wire.exec_type or "Trade"
@@ -502,9 +509,9 @@ def _execution(record: Record, source: _Source, *, filled: bool = False) -> Entr
     if wire.execution_id:
         key = f"exec:{wire.execution_id}"
     elif source.event_id:
-        key = f"event:{source.event_id}"
+        key = f"event:{source.event_id}{place}"
     else:
-        key = f"sha256:{source.digest(source.envelope)}"
+        key = f"sha256:{source.digest(source.envelope)}{place}"
     return Entry(
         key=key,
         position=wire.key,

@@ -278,6 +278,15 @@ def test_raw_executions() -> None:
     assert (funding.kind, funding.quantity, funding.fee) == (Kind.FUNDING, Decimal(0), Decimal("2.1"))
 
 
+@pytest.mark.parametrize("envelope", [{}, {"event_id": "e1"}])
+def test_records_of_one_message_without_ids_are_told_apart(envelope: dict[str, Any]) -> None:
+    records = [{**RAW, "execId": "", "execQty": quantity} for quantity in ("1", "1", "2")]
+    message = {"topic": "execution", **envelope, "data": records}
+    keys = [event.key for event in decoded(message).events if isinstance(event, Entry)]
+    assert len(set(keys)) == 3
+    assert keys == [event.key for event in decoded(message).events if isinstance(event, Entry)]
+
+
 @pytest.mark.parametrize("kind", ["filled", "partially_filled", "cancelled"])
 def test_an_order_report_is_cumulative(kind: str) -> None:
     entry = only(order(kind, side="sell"))

@@ -96,6 +96,8 @@ class Report:
     seq: int | None = None
     size: Decimal | None = None
     """Signed: a short is negative."""
+    sided: bool = True
+    """False where the venue gave a size without a side: long, unless the fills are short."""
     average: Decimal | None = None
     unrealized: Decimal | None = None
     realized: Decimal | None = None

@@ -6,7 +6,7 @@ Every function here must run inside :func:`positions.domain.numbers.exact`.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from positions.domain.events import Entry, Kind, LegName
+from positions.domain.events import Entry, Kind
 from positions.domain.leg import Fill, FillOrder
 from positions.domain.numbers import ZERO
 
@@ -25,16 +25,16 @@ def fills_of(entries: Iterable[Entry]) -> list[Fill]:
     depends on the order in which entries arrived.
     """
     fills: list[Fill] = []
-    reports: defaultdict[tuple[str | None, LegName], list[Entry]] = defaultdict(list)
-    executions: defaultdict[tuple[str | None, LegName], list[Fill]] = defaultdict(list)
+    reports: defaultdict[str | None, list[Entry]] = defaultdict(list)
+    executions: defaultdict[str | None, list[Fill]] = defaultdict(list)
     for entry in entries:
         if entry.kind is Kind.ORDER_REPORT:
-            reports[entry.order_id, entry.leg].append(entry)
+            reports[entry.order_id].append(entry)
         elif entry.kind is not Kind.ADJUSTMENT:
             fill = _direct(entry)
             fills.append(fill)
             if entry.order_id is not None and fill.quantity:
-                executions[entry.order_id, entry.leg].append(fill)
+                executions[entry.order_id].append(fill)
     for order, of_order in reports.items():
         fills.extend(_implied(of_order, executions[order]))
     fills.sort(key=lambda fill: fill.order)
@@ -74,7 +74,11 @@ def _direct(entry: Entry) -> Fill:
 
 
 def _implied(reports: list[Entry], executions: list[Fill]) -> Iterable[Fill]:
-    """Yield the fills that the reports of one order imply beyond its known executions."""
+    """Yield the fills that the reports of one order imply beyond its known executions.
+
+    An order works on one leg. A report of a hedge often does not say which, an execution does.
+    """
+    leg = min(executions, key=lambda fill: fill.order).leg if executions else None
     quantity = sum((abs(fill.quantity) for fill in executions), ZERO)
     notional = sum((fill.notional for fill in executions), ZERO)
     fee = sum((fill.fee for fill in executions), ZERO)
@@ -85,7 +89,7 @@ def _implied(reports: list[Entry], executions: list[Fill]) -> Iterable[Fill]:
         total = cumulative * report.price
         yield Fill(
             order=order_of(report),
-            leg=report.leg,
+            leg=leg or report.leg,
             quantity=(cumulative - quantity).copy_sign(report.quantity),
             notional=total - notional,
             fee=report.fee - fee,

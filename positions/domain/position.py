@@ -310,6 +310,8 @@ def _overruled(
 def _with_size(held: Held, fold: Leg, report: Report, before: Leg, policy: Policy, *, traded: bool) -> Held:
     """Return ``held`` with the reported size, where fills allow it (domain rules, who wins, 1)."""
     size = report.size if report.size is not None else ZERO
+    if not report.sided and fold.size < 0:
+        size = -size
     if traded:
         if abs(size - fold.size) <= policy.size_threshold:
             return held
@@ -318,7 +320,7 @@ def _with_size(held: Held, fold: Leg, report: Report, before: Leg, policy: Polic
             return replace(held, disputed=report.id)
     elif size == held.leg.size:
         return held
-    average = _reported_average(report, fold)
+    average = _reported_average(report, size, fold)
     if not size:
         opened_at = None
     else:
@@ -336,17 +338,17 @@ def _with_size(held: Held, fold: Leg, report: Report, before: Leg, policy: Polic
     return replace(held, leg=leg, takeover=taken, disputed=None)
 
 
-def _reported_average(report: Report, fold: Leg) -> Decimal | None:
+def _reported_average(report: Report, size: Decimal, fold: Leg) -> Decimal | None:
     """Return the average entry a report states or implies, else the fold's on that side, else the mark."""
-    if not report.size:
+    if not size:
         return None
     if report.average:
         return report.average
     if report.mark is not None and report.unrealized is not None:
-        implied = report.mark - quotient(report.unrealized, report.size)
+        implied = report.mark - quotient(report.unrealized, size)
         if implied > 0:
             return implied
-    if fold.size * report.size > 0:
+    if fold.size * size > 0:
         return fold.average
     return report.mark
 
@@ -355,7 +357,7 @@ def _with_average(held: Held, report: Report, average: Decimal, policy: Policy, 
     """Return ``held`` with the reported average, where it may replace the folded one (rule 2)."""
     leg = held.leg
     if traded:
-        if report.size is not None and abs(report.size - leg.size) > policy.size_threshold:
+        if report.size is not None and abs(abs(report.size) - abs(leg.size)) > policy.size_threshold:
             return held
         differs = abs(average * abs(leg.size) - leg.cost) > policy.average_threshold * leg.cost
         if not (policy.take_average and differs):

@@ -32,6 +32,8 @@ def replay_quarantine(
         received_at=kept.first_seen_at,
     )
     decoded = decode(delivery, max_bytes=max_bytes)
+    if decoded.refused:
+        raise decoded.refused
     outcome = apply_events(connection, decoded.events, [], rules=rules, now=now)
     if decoded.ignored:
         outcome.counts["ignored"] += 1

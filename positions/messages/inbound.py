@@ -8,7 +8,7 @@ and the exchange's own raw messages. What can never be applied raises
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
@@ -52,6 +52,8 @@ class Decoded:
 
     events: tuple[Event, ...] = ()
     ignored: str | None = None
+    refused: InvalidEvent | None = None
+    """Why one of the records in the message cannot be applied; `events` are those of the others."""
 
 
 def decode(delivery: Delivery, *, max_bytes: int) -> Decoded:
@@ -81,22 +83,29 @@ def _events(envelope: Record, delivery: Delivery) -> Decoded:
     if kind in ("filled", "partially_filled") or kind in IGNORED_TYPES:
         return _order_report(kind, _inner(envelope), source)
     if kind == "position" or (kind is None and topic == "position"):
-        records = _records(envelope)
-        return Decoded(
-            tuple(each for index, record in enumerate(records) for each in _reports(record, source, index))
-        )
+        return _each(envelope, lambda record, index, _: _reports(record, source, index))
     if kind in (None, "execution") and topic == "execution":
-        records = _records(envelope)
-        # Several records share their envelope's id and content: their place in it tells them apart.
-        places = [f":{index}" if len(records) > 1 else "" for index in range(len(records))]
-        return Decoded(
-            tuple(
-                _execution(record, source, place=place) for record, place in zip(records, places, strict=True)
-            )
-        )
+        return _each(envelope, lambda record, _, place: [_execution(record, source, place=place)])
     if kind is None and topic is None:
         raise InvalidEvent("missing, and there is no topic either", "event_type")
     raise InvalidEvent(f"unknown event type {_quoted(topic if kind is None else kind)}", "event_type")
+
+
+def _each(envelope: Record, events_of: Callable[[Record, int, str], Iterable[Event]]) -> Decoded:
+    """Return the events of every record; one that is refused does not keep the others back."""
+    records = _records(envelope)
+    events: list[Event] = []
+    refused: InvalidEvent | None = None
+    for index, record in enumerate(records):
+        # Several records share their envelope's id and content: their place in it tells them apart.
+        place = f":{index}" if len(records) > 1 else ""
+        try:
+            events.extend(events_of(record, index, place))
+        except InvalidEvent as error:
+            if len(records) == 1:
+                raise
+            refused = refused or InvalidEvent(f"record {index}: {error.reason}", error.field)
+    return Decoded(tuple(events), refused=refused)
 
 
 def trace_id(envelope: Record, headers: Record) -> str:
@@ -434,6 +443,7 @@ def _reports(record: Record, source: _Source, index: int) -> list[Report]:
             time_source=time_source,
             seq=wire.seq,
             size=_signed(wire, each),
+            sided=each is not LegName.NET or wire.side is not None or not wire.size,
             # Zero is how the exchange says that there is no average, or no mark.
             average=wire.avg_price or None,
             unrealized=wire.unrealised_pnl,

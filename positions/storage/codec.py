@@ -133,6 +133,8 @@ def _report(report: Report) -> dict[str, Any]:
     data: dict[str, Any] = {"id": report.id, "leg": report.leg, "at": _time(report.at)}
     if report.time_source is not TimeSource.EVENT:
         data["time_source"] = report.time_source
+    if not report.sided:
+        data["sided"] = False
     if report.seq is not None:
         data["seq"] = report.seq
     data.update(
@@ -150,5 +152,6 @@ def _to_report(key: PositionKey, data: dict[str, Any]) -> Report:
         at=_to_time(data["at"]),
         time_source=TimeSource(data.get("time_source", TimeSource.EVENT)),
         seq=data.get("seq"),
+        sided=data.get("sided", True),
         **amounts,
     )

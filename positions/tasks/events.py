@@ -66,8 +66,9 @@ def apply_batch(messages: Sequence[RawMessage], *, park: str | None = None) -> d
             refused.append(_refused(message, error))
         else:
             events.extend(decoded.events)
-            if decoded.ignored:
-                counts["ignored"] += 1
+            counts["ignored"] += decoded.ignored is not None
+            if decoded.refused:
+                refused.append(_refused(message, decoded.refused))
     try:
         _apply(own, events, refused, counts)
     except MemoryError as error:

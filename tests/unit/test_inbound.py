@@ -100,6 +100,19 @@ EXPECTED = Report(
     mark=Decimal("50100.00"),
     trace_id="t1",
 )
+RAW = {
+    "execId": "x1",
+    "symbol": "BTCUSDT",
+    "side": "Sell",
+    "execQty": "0.5",
+    "execPrice": "5000",
+    "execFee": "1.375",
+    "execType": "Trade",
+    "closedSize": "",
+    "execTime": "1736935200123",
+    "seq": 4,
+    "orderId": "o1",
+}
 CAMEL = {
     "side": "Sell",
     "size": "1.5",
@@ -196,6 +209,26 @@ def test_each_record_of_a_raw_message_is_an_event() -> None:
     assert [event.position.asset for event in decoded(message).events] == ["BTCUSDT", "ETHUSDT"]
 
 
+def test_a_record_that_is_refused_does_not_keep_the_others_back() -> None:
+    records = [RAW, {**RAW, "execId": "x2", "execType": "Gift"}, {**RAW, "execId": "x3"}]
+    found = decoded({"topic": "execution", "data": records})
+    assert [event.key for event in found.events if isinstance(event, Entry)] == ["exec:x1", "exec:x3"]
+    assert found.refused is not None
+    assert (found.refused.field, found.refused.reason) == (
+        "exec_type",
+        "record 1: unknown kind of execution 'Gift'",
+    )
+
+
+def test_a_size_without_a_side_is_marked_as_such() -> None:
+    report = only(position(size="2"))
+    assert isinstance(report, Report)
+    assert (report.size, report.sided) == (2, False)
+    flat = only(position(size="0"))
+    assert isinstance(flat, Report)
+    assert flat.sided
+
+
 def test_an_execution() -> None:
     assert only(executed(side="SELL", execution_id="x1", seq=4)) == Entry(
         key="exec:x1",
@@ -251,21 +284,6 @@ def test_a_hedge_fill_finds_its_leg_by_side_and_closed_size(side: str, closed: s
 )
 def test_a_hedge_fill_belongs_to_the_leg_it_names(place: dict[str, Any]) -> None:
     assert only(executed(side="Buy", **place)).leg is LegName.SHORT
-
-
-RAW = {
-    "execId": "x1",
-    "symbol": "BTCUSDT",
-    "side": "Sell",
-    "execQty": "0.5",
-    "execPrice": "5000",
-    "execFee": "1.375",
-    "execType": "Trade",
-    "closedSize": "",
-    "execTime": "1736935200123",
-    "seq": 4,
-    "orderId": "o1",
-}
 
 
 def test_raw_executions() -> None:

@@ -104,6 +104,7 @@ def reports_of(draw: st.DrawFn, key: PositionKey) -> list[Report]:
                 time_source=draw(st.sampled_from([TimeSource.EVENT, TimeSource.ARRIVAL])),
                 seq=draw(st.none() | st.integers(1, 5)),
                 size=size,
+                sided=leg is not LegName.NET or not size or size < 0 or draw(st.booleans()),
                 average=draw(st.none() | prices),
                 unrealized=draw(st.none() | fees),
                 realized=draw(st.none() | fees),

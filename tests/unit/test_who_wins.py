@@ -1,8 +1,10 @@
 """Which source decides when fills and exchange reports disagree, rule by rule."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import permutations
 from typing import Any
 
 from positions.domain.events import Entry, Kind, LegName, Mode, PositionKey, Report, TimeSource
@@ -186,3 +188,25 @@ def test_a_report_of_no_field_that_is_newer_changes_nothing() -> None:
         keeper.apply([report(4, size="7", average="1", mark="1", unrealized="1", realized="1")])
         assert keeper.state == state
         assert figures(keeper.state) == found
+
+
+def test_a_size_without_a_side_is_long_unless_the_fills_are_short() -> None:
+    unsided = report(2, size="2", average="100", sided=False)
+    assert kept(unsided)[1].size == 2
+    assert kept(fill("-1", "100", 1), unsided)[1].size == -2
+    assert kept(fill("1", "100", 1), unsided)[1].size == 2
+
+
+def test_a_hedge_order_s_reports_belong_to_the_leg_of_its_executions() -> None:
+    key = PositionKey("BTCUSDT", Mode.HEDGE)
+    opened = replace(fill("1", "100", 1), position=key, leg=LegName.LONG)
+    closed = replace(fill("-1", "110", 2, order_id="A"), position=key, leg=LegName.LONG)
+    # Without closed size, side Sell alone would have opened a short.
+    told = replace(order_report("-1", "110", 2), position=key, leg=LegName.SHORT)
+    for arrived in permutations([opened, closed, told]):
+        with exact():
+            keeper = Keeper(key)
+            for entry in arrived:
+                keeper.apply([entry])
+            found = figures(keeper.state)
+        assert (found.long_size, found.short_size, found.realized_pnl) == (0, 0, 10)

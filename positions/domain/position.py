@@ -6,15 +6,17 @@ report newer than all before it, moves both on by one step; where that is not po
 all fills again and gives the same digits.
 """
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
+from typing import NamedTuple
 
 from positions.domain.events import LegName, Mode, PositionKey, Report, TimeSource
 from positions.domain.leg import Fill, FillOrder, Leg
 from positions.domain.numbers import ZERO, proportion, quotient
-from positions.domain.reports import Field, merged, newest
+from positions.domain.reports import Field, merged, newest, sized
 
 LEGS: Mapping[Mode, tuple[LegName, ...]] = {
     Mode.ONE_WAY: (LegName.NET,),
@@ -32,6 +34,18 @@ class Policy:
     take_average: bool = True
     take_size: bool = True
     tolerance: timedelta = timedelta(0)
+
+
+class Claim(NamedTuple):
+    """What a report says of one field that moves a leg."""
+
+    at: datetime
+    field: Field
+    report: Report
+
+    @property
+    def name(self) -> str:
+        return f"{self.field}:{self.report.id}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +66,7 @@ class Takeover:
     size: Decimal
     average: Decimal | None
     found: Decimal
-    """Size folded from the fills up to `at`."""
+    """The size that was held until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +78,11 @@ class Held:
     """What the venue's realized PnL adds to the fold's own, so that the parts sum to the whole."""
     takeover: Takeover | None = None
     disputed: str | None = None
-    """Id of the newest report, where its size differs from the fills and was not taken over."""
-    basis: tuple[str | None, ...] = (None, None, None)
-    """Ids of the reports that decided size, average and realized PnL."""
+    """Id of the newest report, where its size differs from ours and was not taken over."""
+    averaged: bool = False
+    """Whether a reported average replaced the folded one."""
+    basis: tuple[str, ...] = ()
+    """The claims it was settled on: field and id of each report that decided."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +138,8 @@ def with_report(state: State, report: Report) -> State:
     What the legs make of it is for `advanced` or `refolded` to say.
     """
     mine = tuple(each for each in state.reports if each.leg is report.leg)
-    updated = merged(mine, report)
+    takeover = state.held[report.leg].takeover
+    updated = merged(mine, report, in_effect=takeover.report_id if takeover else None)
     if updated is mine:
         return state
     others = tuple(each for each in state.reports if each.leg is not report.leg)
@@ -132,33 +149,60 @@ def with_report(state: State, report: Report) -> State:
 def advanced(state: State, fills: Sequence[Fill], policy: Policy) -> State | None:
     """Return ``state`` after new ``fills`` (sorted) and merged reports, or None where only a refold can tell.
 
-    Possible for a leg whose new fills are all newer than those folded before, and whose deciding reports
-    are either all newer than its last fill, or all settled already and older than the new fills.
+    Possible where everything new is newer than all that was settled before it.
     """
     if fills and state.last is not None and fills[0].order <= state.last:
         return None
     ledger, held = dict(state.ledger), dict(state.held)
     for name, before in state.ledger.items():
         own = [fill for fill in fills if fill.leg is name]
-        deciding = _deciding(state.reports, name)
         leg = _folded(before, own)
-        ledger[name] = leg
-        times = [report.at for report in deciding.values()]
-        if not times:
-            held[name] = Held(leg)
-        elif leg.touched_at is None or leg.touched_at <= min(times):
-            held[name] = _settled(leg, deciding, held[name], policy)
-        elif held[name].basis != _basis(deciding):
+        claims = _claims(state.reports, name, traded=leg.traded_at is not None)
+        settled = _advanced_leg(held[name], before, leg, own=own, claims=claims, policy=policy)
+        if settled is None:
             return None
-        elif own:
-            if own[0].order.at <= max(times) or before.traded_at is None:
-                return None
-            same = held[name].leg is before
-            held[name] = replace(held[name], leg=leg) if same else _carried(held[name], own)
+        ledger[name], held[name] = leg, settled
     if not fills:
         return replace(state, ledger=ledger, held=held)
     since = state.since_point + len(fills)
     return replace(state, ledger=ledger, held=held, last=fills[-1].order, since_point=since)
+
+
+def _advanced_leg(
+    held: Held, before: Leg, leg: Leg, *, own: Sequence[Fill], claims: Sequence[Claim], policy: Policy
+) -> Held | None:
+    """Return what is held after ``own`` fills and ``claims``, or None where only a refold can tell."""
+    if not claims:
+        return Held(leg)
+    basis = _basis(claims)
+    if basis == held.basis and not own:
+        return held
+    if leg.touched_at is None or leg.touched_at <= claims[0].at:
+        return _settled(Held(leg), leg, held.leg, claims, policy)
+    if before.traded_at is None and leg.traded_at is not None:
+        return None
+    known = set(held.basis)
+    old = [claim for claim in claims if claim.name in known]
+    new = [claim for claim in claims if claim.name not in known]
+    settled_until = max((claim.at for claim in old), default=None)
+    if own and settled_until is not None and own[0].order.at <= settled_until:
+        return None
+    latest = max(filter(None, (leg.touched_at, settled_until)))
+    if any(claim.at < latest for claim in new):
+        return None
+    # What a claim that counts no more had done is undone by a newer one, but for a replaced average.
+    gone = known - set(basis)
+    if any(name.startswith("average") for name in gone) and held.averaged:
+        return None
+    if (
+        any(name.startswith("size") for name in gone)
+        and held.disputed
+        and not any(claim.field == "size" for claim in new)
+    ):
+        return None
+    same = held.leg is before
+    carried = replace(held, leg=leg) if same else _carried(held, own)
+    return _settled(carried, leg, held.leg, new, policy, basis=basis)
 
 
 def due_point(state: State) -> tuple[State, Point | None]:
@@ -170,8 +214,8 @@ def due_point(state: State) -> tuple[State, Point | None]:
 
 def decided_since(state: State) -> datetime | None:
     """Return the time of the oldest report that decides a size, average or realized PnL."""
-    deciding = (_deciding(state.reports, name) for name in state.held)
-    return min((report.at for of_leg in deciding for report in of_leg.values()), default=None)
+    legs = (_claims(state.reports, name, traded=True) for name in state.held)
+    return min((claim.at for claims in legs for claim in claims), default=None)
 
 
 def usable(point: Point, state: State, before: FillOrder | None) -> bool:
@@ -185,10 +229,11 @@ def usable(point: Point, state: State, before: FillOrder | None) -> bool:
     if before is not None and point.order >= before:
         return False
     for name, held in point.held.items():
-        deciding = _deciding(state.reports, name)
-        times = [report.at for report in deciding.values()]
-        untouched = not times or point.order.at < min(times)
-        if not untouched and (held.basis != _basis(deciding) or point.order.at <= max(times)):
+        claims = _claims(state.reports, name, traded=True)
+        if not claims or point.order.at < claims[0].at:
+            continue
+        traded = point.ledger[name].traded_at is not None
+        if not traded or held.basis != _basis(claims) or point.order.at <= claims[-1].at:
             return False
     return True
 
@@ -204,25 +249,32 @@ def refolded(
         policy: who wins.
         base: a `usable` point to fold on from.
     """
-    deciding = {name: _deciding(state.reports, name) for name in LEGS[state.key.mode]}
-    due = {name: sorted({report.at for report in of_leg.values()}) for name, of_leg in deciding.items()}
-    ledger = dict(base.ledger) if base else {name: Leg() for name in deciding}
+    ledger = dict(base.ledger) if base else {name: Leg() for name in LEGS[state.key.mode]}
     held = {name: Held(leg) for name, leg in ledger.items()}
-    if base is not None:
-        for name, times in due.items():
-            if times and base.order.at > times[-1]:
-                held[name], due[name] = base.held[name], []
     traded = {name for name, leg in ledger.items() if leg.traded_at} | {f.leg for f in fills if f.quantity}
+    claims = {name: _claims(state.reports, name, traded=name in traded) for name in ledger}
+    due = {name: deque(of_leg) for name, of_leg in claims.items()}
+    if base is not None:
+        for name, of_leg in claims.items():
+            if of_leg and base.order.at > of_leg[-1].at:
+                held[name], due[name] = base.held[name], deque()
 
     def overrule(name: LegName, until: datetime | None) -> None:
-        """Apply the reports of times before ``until``; all that are left where it is None."""
-        while due[name] and (until is None or due[name][0] < until):
-            at = due[name].pop(0)
-            of_time = {each: report for each, report in deciding[name].items() if report.at == at}
-            before = state.held[name].leg
-            held[name] = _overruled(held[name], ledger[name], of_time, before, policy, traded=name in traded)
-            if not due[name]:
-                held[name] = replace(held[name], basis=_basis(deciding[name]))
+        """Settle the claims of times before ``until``; all that are left where it is None."""
+        now = []
+        while due[name] and (until is None or due[name][0].at < until):
+            now.append(due[name].popleft())
+        if now:
+            basis = () if due[name] else _basis(claims[name])
+            held[name] = _settled(
+                held[name],
+                ledger[name],
+                state.held[name].leg,
+                now,
+                policy,
+                basis=basis,
+                traded=name in traded,
+            )
 
     points: list[Point] = []
     for number, fill in enumerate(fills, 1):
@@ -242,17 +294,27 @@ def refolded(
     return replace(state, ledger=ledger, held=held, last=last, since_point=since), points
 
 
-_DECIDING: tuple[Field, ...] = ("size", "average", "realized")
+_STEPS: Mapping[Field, int] = {"size": 0, "average": 1, "realized": 2}
 
 
-def _deciding(reports: Iterable[Report], name: LegName) -> dict[Field, Report]:
-    """Return the newest report for each field that moves a leg."""
+def _claims(reports: Iterable[Report], name: LegName, *, traded: bool) -> list[Claim]:
+    """Return what the reports of a leg say that counts, in the order in which it is settled.
+
+    Of an average and a realized PnL the newest counts. So it does of a size while the leg has no fills;
+    with fills, older ones that may overrule count too: the newest may turn out to be no newer than a fill.
+    """
     mine = [report for report in reports if report.leg is name]
-    return {each: report for each in _DECIDING if (report := newest(mine, each))}
+    winners = {field: report for field in _STEPS if (report := newest(mine, field))}
+    claims = [Claim(report.at, field, report) for field, report in winners.items()]
+    if traded and (size := winners.get("size")):
+        # Of one time only the newest; none of a later time, which the venue's sequence says is older.
+        older = {each.at: each for each in sized(mine) if each.at < size.at}
+        claims += [Claim(each.at, "size", each) for each in older.values()]
+    return sorted(claims, key=lambda claim: (claim.at, _STEPS[claim.field]))
 
 
-def _basis(deciding: Mapping[Field, Report]) -> tuple[str | None, ...]:
-    return tuple(deciding[each].id if each in deciding else None for each in _DECIDING)
+def _basis(claims: Iterable[Claim]) -> tuple[str, ...]:
+    return tuple(claim.name for claim in claims)
 
 
 def _folded(leg: Leg, fills: Iterable[Fill]) -> Leg:
@@ -274,37 +336,37 @@ def _carried(held: Held, fills: Sequence[Fill]) -> Held:
     return replace(held, leg=leg) if fills else held
 
 
-def _settled(leg: Leg, deciding: Mapping[Field, Report], before: Held, policy: Policy) -> Held:
-    """Return what is held where every deciding report is newer than every fill."""
-    held = Held(leg)
-    traded = leg.traded_at is not None
-    for at in sorted({report.at for report in deciding.values()}):
-        due = {each: report for each, report in deciding.items() if report.at == at}
-        held = _overruled(held, leg, due, before.leg, policy, traded=traded)
-    return replace(held, basis=_basis(deciding))
-
-
-def _overruled(
-    held: Held, fold: Leg, due: Mapping[Field, Report], before: Leg, policy: Policy, *, traded: bool
+def _settled(
+    held: Held,
+    fold: Leg,
+    before: Leg,
+    claims: Sequence[Claim],
+    policy: Policy,
+    *,
+    basis: tuple[str, ...] | None = None,
+    traded: bool | None = None,
 ) -> Held:
-    """Return ``held`` after the reports ``due`` at one time, as far as they may overrule the fills.
+    """Return ``held`` after ``claims``, as far as they may overrule the fills.
 
     Args:
-        held: what is held just before that time.
-        fold: the fold of all fills up to that time.
-        due: the newest report for each field, where it is of that time.
+        held: what is held just before the first of them.
+        fold: the fold of all fills up to the last of them; none is newer than the first.
         before: what was held when the event arrived; tells since when a reported position is open.
+        claims: in their order.
         policy: who wins.
+        basis: all claims that are settled then, where that is not just these.
         traded: whether the leg has any fill, at any time.
     """
-    if report := due.get("size"):
-        held = _with_size(held, fold, report, before, policy, traded=traded)
-    if (report := due.get("average")) and report.average and held.leg.size:
-        held = _with_average(held, report, report.average, policy, traded=traded)
-    if (report := due.get("realized")) and report.realized is not None:
-        leg = held.leg
-        held = replace(held, venue_realized=report.realized - (leg.gross - leg.fees + leg.funding))
-    return held
+    traded = fold.traded_at is not None if traded is None else traded
+    for claim in claims:
+        report, leg = claim.report, held.leg
+        if claim.field == "size":
+            held = _with_size(held, fold, report, before, policy, traded=traded)
+        elif claim.field == "average" and report.average and leg.size:
+            held = _with_average(held, report, report.average, policy, traded=traded)
+        elif claim.field == "realized" and report.realized is not None:
+            held = replace(held, venue_realized=report.realized - (leg.gross - leg.fees + leg.funding))
+    return replace(held, basis=_basis(claims) if basis is None else basis)
 
 
 def _with_size(held: Held, fold: Leg, report: Report, before: Leg, policy: Policy, *, traded: bool) -> Held:
@@ -313,12 +375,12 @@ def _with_size(held: Held, fold: Leg, report: Report, before: Leg, policy: Polic
     if not report.sided and fold.size < 0:
         size = -size
     if traded:
-        if abs(size - fold.size) <= policy.size_threshold:
-            return held
+        if abs(size - held.leg.size) <= policy.size_threshold:
+            return replace(held, disputed=None)
         newer = fold.traded_at is None or report.at - fold.traded_at > policy.tolerance
         if not (policy.take_size and newer and report.time_source is TimeSource.EVENT):
             return replace(held, disputed=report.id)
-    elif size == held.leg.size:
+    elif not size and not before.size and not before.closed_at:
         return held
     average = _reported_average(report, size, fold)
     if not size:
@@ -327,15 +389,17 @@ def _with_size(held: Held, fold: Leg, report: Report, before: Leg, policy: Polic
         same_side = (leg for leg in (fold, before) if leg.opened_at and leg.size * size > 0)
         opened_at = min((leg.opened_at or report.at for leg in same_side), default=report.at)
         opened_at = min(opened_at, report.at)
+    # What was realized before is what the fills say: older reports that were taken over count no more.
     leg = replace(
         held.leg,
         size=size,
         cost=abs(size) * average if average is not None else ZERO,
+        gross=fold.gross,
         opened_at=opened_at,
         closed_at=None if size else before.closed_at or report.at,
     )
-    taken = Takeover(report.id, report.at, size, average, fold.size)
-    return replace(held, leg=leg, takeover=taken, disputed=None)
+    taken = Takeover(report.id, report.at, size, average, held.leg.size)
+    return replace(held, leg=leg, takeover=taken, disputed=None, averaged=False)
 
 
 def _reported_average(report: Report, size: Decimal, fold: Leg) -> Decimal | None:
@@ -362,4 +426,4 @@ def _with_average(held: Held, report: Report, average: Decimal, policy: Policy, 
         differs = abs(average * abs(leg.size) - leg.cost) > policy.average_threshold * leg.cost
         if not (policy.take_average and differs):
             return held
-    return replace(held, leg=replace(leg, cost=abs(leg.size) * average))
+    return replace(held, leg=replace(leg, cost=abs(leg.size) * average), averaged=traded)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Literal
 
-from positions.domain.events import Report
+from positions.domain.events import Report, TimeSource
 
 Field = Literal["size", "average", "unrealized", "realized", "mark"]
 FIELDS: tuple[Field, ...] = ("size", "average", "unrealized", "realized", "mark")
@@ -35,11 +35,22 @@ def newest(reports: Iterable[Report], field: Field) -> Report | None:
     return max(sequenced, timed, key=lambda report: (report.at, report.id))
 
 
-def merged(known: tuple[Report, ...], new: Report) -> tuple[Report, ...]:
-    """Return ``known`` with ``new``, without the reports that decide no field any more.
+SIZED_KEPT = 4
+"""So many of the newest reports of a size are kept beside those that decide a field."""
 
-    Returns ``known`` itself where ``new`` is a duplicate or stale in every field. Reports with and without
-    a sequence are kept apart, so at most ten stay: in practice it is one.
+
+def sized(reports: Iterable[Report]) -> list[Report]:
+    """Return the reports of a size that may overrule fills, in the order of their times."""
+    own = [each for each in reports if each.size is not None and each.time_source is TimeSource.EVENT]
+    return sorted(own, key=lambda each: (each.at, -1 if each.seq is None else each.seq, each.id))
+
+
+def merged(known: tuple[Report, ...], new: Report, *, in_effect: str | None = None) -> tuple[Report, ...]:
+    """Return ``known`` with ``new``, without the reports that can decide nothing any more.
+
+    Returns ``known`` itself where ``new`` is a duplicate, or stale in every field. Beside the winners of each
+    field stay the report ``in_effect`` (by id), whose size was taken over, and the `SIZED_KEPT` newest of a
+    size: one of them decides where a newer one turns out to be no newer than a fill.
     """
     if any(report.id == new.id for report in known):
         return known
@@ -48,7 +59,14 @@ def merged(known: tuple[Report, ...], new: Report) -> tuple[Report, ...]:
         [report for report in candidates if report.seq is not None],
         [report for report in candidates if report.seq is None],
     ]
-    winners = {id(winner) for group in groups for field in FIELDS if (winner := newest(group, field))}
-    if id(new) not in winners:
+    kept = {winner.id for group in groups for field in FIELDS if (winner := newest(group, field))}
+    kept.update(report.id for report in sized(candidates)[-SIZED_KEPT:])
+    if new.id not in kept:
         return known
-    return tuple(report for report in candidates if id(report) in winners)
+    return tuple(report for report in candidates if report.id in kept or report.id == in_effect)
+
+
+def stale(reports: Iterable[Report], new: Report) -> bool:
+    """Tell whether ``new`` decides no field beside ``reports``."""
+    among = (*reports, new)
+    return not any(newest(among, field) is new for field in FIELDS)

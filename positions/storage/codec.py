@@ -105,6 +105,8 @@ def _held(held: Held, folded: Leg) -> dict[str, Any]:
         data["venue_realized"] = plain(held.venue_realized)
     if held.disputed:
         data["disputed"] = held.disputed
+    if held.averaged:
+        data["averaged"] = True
     if taken := held.takeover:
         average = None if taken.average is None else plain(taken.average)
         data["takeover"] = [taken.report_id, _time(taken.at), plain(taken.size), average, plain(taken.found)]
@@ -125,6 +127,7 @@ def _to_held(data: dict[str, Any], folded: Leg) -> Held:
             Decimal(taken[4]),
         ),
         disputed=data.get("disputed"),
+        averaged=data.get("averaged", False),
         basis=tuple(data["basis"]),
     )
 

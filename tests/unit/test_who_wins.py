@@ -186,7 +186,7 @@ def test_a_report_of_no_field_that_is_newer_changes_nothing() -> None:
         keeper = Keeper(KEY)
         keeper.state = state
         keeper.apply([report(4, size="7", average="1", mark="1", unrealized="1", realized="1")])
-        assert keeper.state == state
+        assert keeper.state.held == state.held
         assert figures(keeper.state) == found
 
 
@@ -210,3 +210,42 @@ def test_a_hedge_order_s_reports_belong_to_the_leg_of_its_executions() -> None:
                 keeper.apply([entry])
             found = figures(keeper.state)
         assert (found.long_size, found.short_size, found.realized_pnl) == (0, 0, 10)
+
+
+def test_a_report_that_agrees_with_what_is_held_never_undoes_an_older_takeover() -> None:
+    opened = report(1, size="10", average="100")
+    agreeing = report(2, size="11", average="101")
+    _, found = kept(opened, fill("1", "111", 2), agreeing)
+    assert (found.size, found.average_entry_price) == (11, 101)
+    _, later = kept(opened, fill("1", "111", 2), agreeing, fill("1", "101", 3))
+    assert later.size == 12
+
+
+def test_a_dispute_leaves_the_older_takeover_in_force() -> None:
+    opened = report(1, size="10", average="100")
+    untimed = report(4, size="50", average="1", time_source=TimeSource.ARRIVAL)
+    state, found = kept(opened, fill("1", "111", 2), untimed)
+    assert found.size == 11
+    assert state.held[LegName.NET].disputed == untimed.id
+
+
+def test_a_position_of_reports_that_closes_says_when() -> None:
+    with exact():
+        keeper = Keeper(KEY)
+        keeper.apply([report(1, size="3", average="10")])
+        assert figures(keeper.state).opened_at == START + timedelta(seconds=1)
+        keeper.apply([report(2, size="0")])
+        assert figures(keeper.state).closed_at == START + timedelta(seconds=2)
+        keeper.apply([report(3, size="0")])
+        assert figures(keeper.state).closed_at == START + timedelta(seconds=2)
+
+
+def test_flat_reports_need_no_refold() -> None:
+    with exact():
+        keeper = Keeper(KEY)
+        keeper.apply([fill("1", "100", 1), report(2, size="1", average="100", realized="0")])
+        keeper.apply([fill("-1", "110", 3)])
+        for second in range(4, 14):
+            keeper.apply([report(second, size="0", realized="10")])
+        assert keeper.refolds == 0
+        assert figures(keeper.state).realized_pnl == 10

@@ -1,7 +1,5 @@
 """How migrations run: one at a time, one transaction each, never waiting long for a lock."""
 
-import os
-
 from alembic import context
 from sqlalchemy import create_engine, pool, text
 
@@ -11,13 +9,14 @@ LOCK = 4_800_001  # advisory lock: two deployments that migrate at once take tur
 
 
 def run() -> None:
-    url = context.config.attributes.get("url") or os.environ["POSITION_MANAGER_DATABASE_URL"]
+    url = context.config.attributes["url"]
     engine = create_engine(url, poolclass=pool.NullPool, connect_args={"connect_timeout": 5})
     with engine.connect() as connection:
+        connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LOCK})
+        # Only from here on: who waits for another deployment's migration may wait.
         connection.execute(
             text("SET lock_timeout = '5s'; SET statement_timeout = '300s'; SET timezone = 'UTC'")
         )
-        connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LOCK})
         connection.commit()
         context.configure(
             connection=connection, target_metadata=metadata, transaction_per_migration=True, compare_type=True

@@ -18,6 +18,7 @@ class InvalidEvent(PositionsError):
         super().__init__(f"{field}: {reason}" if field else reason)
         self.reason = reason
         self.field = field
+        self.trace_id = ""
 
 
 class NotFound(PositionsError):

@@ -111,10 +111,14 @@ class Settings(BaseModel):
     )
     enable_timestamp_resolution: bool = Field(True, validation_alias=_env("ENABLE_TIMESTAMP_RESOLUTION"))
     timestamp_tolerance_seconds: Decimal = Field(
-        Decimal(0), validation_alias=_env("TIMESTAMP_TOLERANCE_SECONDS"), ge=0
+        Decimal(0), validation_alias=_env("TIMESTAMP_TOLERANCE_SECONDS"), ge=0, le=86_400
     )
     price_staleness_threshold: int = Field(
-        300, validation_alias=_env("PRICE_STALENESS_THRESHOLD"), ge=1, description="Seconds."
+        300,
+        validation_alias=_env("PRICE_STALENESS_THRESHOLD"),
+        ge=1,
+        le=31_536_000,
+        description="Seconds.",
     )
 
     # --- locking
@@ -132,7 +136,7 @@ class Settings(BaseModel):
         None, validation_alias=_env("PORTFOLIO_MAX_EXPOSURE_USDT"), ge=0
     )
     portfolio_update_interval: Decimal = Field(
-        Decimal(1), validation_alias=_env("PORTFOLIO_UPDATE_INTERVAL"), gt=0
+        Decimal(1), validation_alias=_env("PORTFOLIO_UPDATE_INTERVAL"), ge=Decimal("0.1"), le=86_400
     )
 
     # --- serving
@@ -230,7 +234,10 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     if queues in given:
         given[queues] = tuple(q.strip() for q in given[queues].split(",") if q.strip())
     try:
-        return Settings.model_validate(given)
+        made = Settings.model_validate(given)
     except ValidationError as error:
         lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise SettingsError("; ".join(lines)) from None
+    if len(set(made.queues)) < len(made.queues):
+        raise SettingsError(f"{queues}: names a queue twice, or the one of {PREFIX}POSITION_QUEUE")
+    return made

@@ -45,6 +45,8 @@ POSITIONS = [
 
 def upgrade() -> None:
     op.execute("CREATE TABLE IF NOT EXISTS positions (id uuid CONSTRAINT positions_pkey PRIMARY KEY DEFAULT gen_random_uuid())")
+    _refuse_what_would_lose_data()
+    op.execute("ALTER TABLE positions ALTER COLUMN id SET DEFAULT gen_random_uuid()")
     for name, kind, required, default in POSITIONS:
         op.execute(f"ALTER TABLE positions ADD COLUMN IF NOT EXISTS {name} {kind} DEFAULT {default or 'NULL'}")
         if default:
@@ -58,6 +60,12 @@ def upgrade() -> None:
             op.execute(f"ALTER TABLE positions ALTER COLUMN {name} SET DEFAULT {default}")
         if required:
             op.execute(f"ALTER TABLE positions ALTER COLUMN {name} SET NOT NULL")
+    op.execute("UPDATE positions SET version = 1 WHERE version < 1")
+    op.execute("""
+        UPDATE positions SET mode = CASE lower(mode) WHEN 'hedge' THEN 'hedge' ELSE 'one-way' END
+        WHERE mode NOT IN ('one-way', 'hedge')""")
+    op.execute("UPDATE positions SET long_size = abs(long_size) WHERE long_size < 0")
+    op.execute("UPDATE positions SET short_size = -short_size WHERE short_size > 0")
     # What an older service did not keep follows from what it did: exposure is read from the legs, and the
     # parts of the realized PnL sum to it.
     op.execute("""
@@ -83,7 +91,7 @@ def upgrade() -> None:
             leg varchar(8) NOT NULL,
             quantity {AMOUNT} NOT NULL,
             price {AMOUNT} NOT NULL,
-            fee {AMOUNT} NOT NULL,
+            fee {AMOUNT},
             executed_at timestamptz NOT NULL,
             time_source varchar(8) NOT NULL,
             venue_seq bigint,
@@ -126,6 +134,29 @@ def upgrade() -> None:
             versions bigint NOT NULL,
             CONSTRAINT portfolio_mark_single_check CHECK (id = 1)
         )""")
+
+
+def _refuse_what_would_lose_data() -> None:
+    """Name what stands in the way before anything is changed."""
+    if _type("id") != "uuid":
+        raise RuntimeError(
+            f"positions.id is of type {_type('id')}: cast it to uuid, with what refers to it, and migrate again"
+        )
+    columns = {row[0] for row in op.get_bind().exec_driver_sql("SELECT attname FROM pg_attribute WHERE attrelid = 'positions'::regclass")}
+    if not {"asset", "mode"} <= columns:
+        return
+    twice = op.get_bind().exec_driver_sql(
+        "SELECT upper(asset), count(*) FROM positions GROUP BY upper(asset),"
+        " CASE lower(mode) WHEN 'hedge' THEN 'hedge' ELSE 'one-way' END HAVING count(*) > 1 LIMIT 10"
+    )
+    if names := ", ".join(sorted(row[0] for row in twice)):
+        raise RuntimeError(f"more than one position of one asset and mode: {names}: merge them, and migrate again")
+    unknown = op.get_bind().exec_driver_sql(
+        "SELECT DISTINCT mode FROM positions"
+        " WHERE lower(mode) NOT IN ('one-way', 'one_way', 'oneway', 'hedge', '0', '') LIMIT 10"
+    )
+    if names := ", ".join(sorted(row[0] for row in unknown)):
+        raise RuntimeError(f"positions of unknown mode: {names}: make them one-way or hedge, and migrate again")
 
 
 def downgrade() -> None:

@@ -43,6 +43,8 @@ class Kind(StrEnum):
     FUNDING = "funding"
     ORDER_REPORT = "order_report"
     ADJUSTMENT = "adjustment"
+    REPORT = "report"
+    """An exchange report without a time of its own: the ledger keeps when it first arrived."""
 
 
 class PositionKey(NamedTuple):
@@ -73,8 +75,8 @@ class Entry:
     kind: Kind
     quantity: Decimal = ZERO
     price: Decimal = ZERO
-    fee: Decimal = ZERO
-    """Paid is positive, a rebate negative; cumulative in an order report."""
+    fee: Decimal | None = ZERO
+    """Paid is positive, a rebate negative; cumulative in an order report, None where it does not say."""
     executed_at: datetime
     time_source: TimeSource = TimeSource.EVENT
     venue_seq: int | None = None

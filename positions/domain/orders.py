@@ -30,7 +30,7 @@ def fills_of(entries: Iterable[Entry]) -> list[Fill]:
     for entry in entries:
         if entry.kind is Kind.ORDER_REPORT:
             reports[entry.order_id].append(entry)
-        elif entry.kind is not Kind.ADJUSTMENT:
+        elif entry.kind in (Kind.TRADE, Kind.FUNDING):
             fill = _direct(entry)
             fills.append(fill)
             if entry.order_id is not None and fill.quantity:
@@ -63,13 +63,14 @@ def changed_fills(new: Sequence[Entry], of_orders: Sequence[Entry]) -> tuple[lis
 def _direct(entry: Entry) -> Fill:
     """Return the fill a trade or a funding payment is."""
     funding = entry.kind is Kind.FUNDING
+    fee = entry.fee or ZERO
     return Fill(
         order=order_of(entry),
         leg=entry.leg,
         quantity=ZERO if funding else entry.quantity,
         notional=ZERO if funding else abs(entry.quantity) * entry.price,
-        fee=ZERO if funding else entry.fee,
-        funding=-entry.fee if funding else ZERO,
+        fee=ZERO if funding else fee,
+        funding=-fee if funding else ZERO,
     )
 
 
@@ -87,12 +88,13 @@ def _implied(reports: list[Entry], executions: list[Fill]) -> Iterable[Fill]:
         if cumulative <= quantity:
             continue
         total = cumulative * report.price
+        paid = fee if report.fee is None else report.fee
         yield Fill(
             order=order_of(report),
             leg=leg or report.leg,
             quantity=(cumulative - quantity).copy_sign(report.quantity),
             notional=total - notional,
-            fee=report.fee - fee,
+            fee=paid - fee,
             funding=ZERO,
         )
-        quantity, notional, fee = cumulative, total, report.fee
+        quantity, notional, fee = cumulative, total, paid

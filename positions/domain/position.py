@@ -157,8 +157,8 @@ def advanced(state: State, fills: Sequence[Fill], policy: Policy) -> State | Non
     for name, before in state.ledger.items():
         own = [fill for fill in fills if fill.leg is name]
         leg = _folded(before, own)
-        claims = _claims(state.reports, name, traded=leg.traded_at is not None)
-        settled = _advanced_leg(held[name], before, leg, own=own, claims=claims, policy=policy)
+        reports = _of(state, name)
+        settled = _advanced_leg(held[name], before, leg, own=own, reports=reports, policy=policy)
         if settled is None:
             return None
         ledger[name], held[name] = leg, settled
@@ -169,9 +169,10 @@ def advanced(state: State, fills: Sequence[Fill], policy: Policy) -> State | Non
 
 
 def _advanced_leg(
-    held: Held, before: Leg, leg: Leg, *, own: Sequence[Fill], claims: Sequence[Claim], policy: Policy
+    held: Held, before: Leg, leg: Leg, *, own: Sequence[Fill], reports: Sequence[Report], policy: Policy
 ) -> Held | None:
-    """Return what is held after ``own`` fills and ``claims``, or None where only a refold can tell."""
+    """Return what is held after ``own`` fills and ``reports``, or None where only a refold can tell."""
+    claims = _claims(reports, traded=leg.traded_at is not None)
     if not claims:
         return Held(leg)
     basis = _basis(claims)
@@ -182,16 +183,19 @@ def _advanced_leg(
     if before.traded_at is None and leg.traded_at is not None:
         return None
     known = set(held.basis)
-    old = [claim for claim in claims if claim.name in known]
     new = [claim for claim in claims if claim.name not in known]
-    settled_until = max((claim.at for claim in old), default=None)
-    if own and settled_until is not None and own[0].order.at <= settled_until:
-        return None
-    latest = max(filter(None, (leg.touched_at, settled_until)))
-    if any(claim.at < latest for claim in new):
+    # A claim that was settled may count no more, as one of the same time does that is now the older.
+    settled = (at for at, names in _named(reports) if not known.isdisjoint(names))
+    settled_until = max(settled, default=None)
+    if settled_until is not None:
+        if own and own[0].order.at <= settled_until:
+            return None
+        if any(claim.at <= settled_until for claim in new):
+            return None
+    if any(claim.at < leg.touched_at for claim in new):
         return None
     # What a claim that counts no more had done is undone by a newer one, but for a replaced average.
-    gone = known - set(basis)
+    gone = known.difference(basis)
     if any(name.startswith("average") for name in gone) and held.averaged:
         return None
     if (
@@ -214,7 +218,7 @@ def due_point(state: State) -> tuple[State, Point | None]:
 
 def decided_since(state: State) -> datetime | None:
     """Return the time of the oldest report that decides a size, average or realized PnL."""
-    legs = (_claims(state.reports, name, traded=True) for name in state.held)
+    legs = (_claims(_of(state, name), traded=True) for name in state.held)
     return min((claim.at for claims in legs for claim in claims), default=None)
 
 
@@ -229,7 +233,7 @@ def usable(point: Point, state: State, before: FillOrder | None) -> bool:
     if before is not None and point.order >= before:
         return False
     for name, held in point.held.items():
-        claims = _claims(state.reports, name, traded=True)
+        claims = _claims(_of(state, name), traded=True)
         if not claims or point.order.at < claims[0].at:
             continue
         traded = point.ledger[name].traded_at is not None
@@ -252,7 +256,7 @@ def refolded(
     ledger = dict(base.ledger) if base else {name: Leg() for name in LEGS[state.key.mode]}
     held = {name: Held(leg) for name, leg in ledger.items()}
     traded = {name for name, leg in ledger.items() if leg.traded_at} | {f.leg for f in fills if f.quantity}
-    claims = {name: _claims(state.reports, name, traded=name in traded) for name in ledger}
+    claims = {name: _claims(_of(state, name), traded=name in traded) for name in ledger}
     due = {name: deque(of_leg) for name, of_leg in claims.items()}
     if base is not None:
         for name, of_leg in claims.items():
@@ -297,24 +301,33 @@ def refolded(
 _STEPS: Mapping[Field, int] = {"size": 0, "average": 1, "realized": 2}
 
 
-def _claims(reports: Iterable[Report], name: LegName, *, traded: bool) -> list[Claim]:
-    """Return what the reports of a leg say that counts, in the order in which it is settled.
+def _claims(reports: Sequence[Report], *, traded: bool) -> list[Claim]:
+    """Return what the ``reports`` of a leg say that counts, in the order in which it is settled.
 
     Of an average and a realized PnL the newest counts. So it does of a size while the leg has no fills;
     with fills, older ones that may overrule count too: the newest may turn out to be no newer than a fill.
     """
-    mine = [report for report in reports if report.leg is name]
-    winners = {field: report for field in _STEPS if (report := newest(mine, field))}
+    winners = {field: report for field in _STEPS if (report := newest(reports, field))}
     claims = [Claim(report.at, field, report) for field, report in winners.items()]
     if traded and (size := winners.get("size")):
         # Of one time only the newest; none of a later time, which the venue's sequence says is older.
-        older = {each.at: each for each in sized(mine) if each.at < size.at}
+        older = {each.at: each for each in sized(reports) if each.at < size.at}
         claims += [Claim(each.at, "size", each) for each in older.values()]
     return sorted(claims, key=lambda claim: (claim.at, _STEPS[claim.field]))
 
 
+def _named(reports: Iterable[Report]) -> Iterable[tuple[datetime, list[str]]]:
+    """Yield the time of each report, and the names its claims have."""
+    for report in reports:
+        yield report.at, [Claim(report.at, field, report).name for field in _STEPS]
+
+
 def _basis(claims: Iterable[Claim]) -> tuple[str, ...]:
     return tuple(claim.name for claim in claims)
+
+
+def _of(state: State, name: LegName) -> list[Report]:
+    return [report for report in state.reports if report.leg is name]
 
 
 def _folded(leg: Leg, fills: Iterable[Fill]) -> Leg:

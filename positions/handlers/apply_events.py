@@ -9,9 +9,10 @@ import structlog
 from sqlalchemy import Connection
 
 from positions.domain.events import Entry, Event, Kind, PositionKey, Report, TimeSource
-from positions.domain.numbers import exact
+from positions.domain.numbers import ZERO, exact
 from positions.domain.orders import changed_fills
-from positions.domain.position import Point, State, advanced, due_point, with_report
+from positions.domain.position import Point, State, advanced, due_point, empty, with_report
+from positions.domain.reports import stale
 from positions.handlers.refold import Late, refold
 from positions.handlers.write_changes import Change, Rules, write_changes
 from positions.storage import ledger, positions, quarantine
@@ -47,29 +48,40 @@ def apply_events(
     outcome = Outcome()
     quarantine.add(connection, refused, now=now)
     entries: dict[str, Entry] = {}
-    reports: defaultdict[PositionKey, list[Report]] = defaultdict(list)
+    reports: list[Report] = []
     for event in events:
         if isinstance(event, Report):
-            reports[event.position].append(event)
-        elif event.key in entries:
-            outcome.counts["duplicate"] += 1
+            reports.append(event)
+            if event.time_source is not TimeSource.ARRIVAL:
+                continue
+        entry = _arrival_of(event) if isinstance(event, Report) else event
+        if entry.key in entries:
+            outcome.counts["duplicate"] += not isinstance(event, Report)
         else:
-            entries[event.key] = event
-    keys = {entry.position for entry in entries.values()} | reports.keys()
+            entries[entry.key] = entry
+    keys = {event.position for event in events}
     if not keys:
         return outcome
     created = positions.create_missing(connection, keys)
     new_keys = ledger.insert(connection, list(entries.values()))
-    new = [entry for key, entry in entries.items() if key in new_keys]
-    outcome.counts["duplicate"] += len(entries) - len(new)
-    touched = {entry.position for entry in new} | reports.keys()
+    trades = [entry for entry in entries.values() if entry.kind is not Kind.REPORT]
+    new = [entry for entry in trades if entry.key in new_keys]
+    outcome.counts["duplicate"] += len(trades) - len(new)
+    # A report without a time of its own has that of its first arrival: a later one is the same report.
+    told: defaultdict[PositionKey, list[Report]] = defaultdict(list)
+    for report in reports:
+        if report.time_source is TimeSource.ARRIVAL and _arrival_of(report).key not in new_keys:
+            outcome.counts["duplicate"] += 1
+        else:
+            told[report.position].append(report)
+    touched = {entry.position for entry in new} | told.keys()
     # An execution that is known already, under another asset: its row would be a position of nothing.
     positions.remove(connection, created - touched)
     if not touched:
         return outcome
     stored = positions.lock(connection, touched)
     with exact():
-        changed = _changes(connection, stored, new, reports, rules=rules, outcome=outcome)
+        changed = _changes(connection, stored, new, told, rules=rules, outcome=outcome)
         write_changes(connection, changed, stale_after=rules.price_stale_after, now=now)
     return outcome
 
@@ -121,11 +133,28 @@ def _changes(
             source="order_execution"
             if any(isinstance(each, Entry) for each in applied[key])
             else "websocket",
-            adjustments=_adjustments(key, stored[key].state, state),
+            adjustments=_adjustments(key, stored[key], state),
             points=points,
         )
         for key, (state, points) in sorted(folded.items(), key=lambda item: item[0])
     ]
+
+
+def _arrival_of(report: Report) -> Entry:
+    """Return the ledger entry that keeps when a report without a time of its own first arrived."""
+    return Entry(
+        key=f"report:{report.id}:{report.leg}",
+        position=report.position,
+        leg=report.leg,
+        kind=Kind.REPORT,
+        quantity=report.size or ZERO,
+        price=report.average or report.mark or ZERO,
+        executed_at=report.at,
+        time_source=report.time_source,
+        venue_seq=report.seq,
+        exec_type="Report",
+        trace_id=report.trace_id,
+    )
 
 
 def _with_reports(state: State, reports: Sequence[Report], outcome: Outcome) -> tuple[State, list[Event]]:
@@ -133,23 +162,26 @@ def _with_reports(state: State, reports: Sequence[Report], outcome: Outcome) -> 
     fresh: list[Event] = []
     for report in reports:
         updated = with_report(state, report)
-        if updated is state:
-            outcome.counts["stale"] += 1
-        else:
-            state = updated
+        if updated is not state:
+            # An older report may be kept for what it says of the size, and is stale all the same.
+            outcome.counts["stale" if stale(state.reports, report) else "applied"] += 1
             fresh.append(report)
-    outcome.counts["applied"] += len(fresh)
+            state = updated
+        else:
+            outcome.counts["stale"] += 1
     return state, fresh
 
 
-def _adjustments(key: PositionKey, before: State, after: State) -> list[Entry]:
+def _adjustments(key: PositionKey, stored: Stored, after: State) -> list[Entry]:
     """Return the ledger entries for sizes newly taken over from the venue, as a trail: no fold reads them."""
     made = []
     for leg, held in after.held.items():
+        # What an older service had is taken over with the first change.
+        before = empty(key).held[leg] if stored.adopted else stored.state.held[leg]
         taken = held.takeover
-        if taken is None or taken == before.held[leg].takeover:
+        if taken is None or taken == before.takeover:
             continue
-        change = taken.size - before.held[leg].leg.size
+        change = taken.size - before.leg.size
         if not change:
             continue
         made.append(
@@ -159,7 +191,7 @@ def _adjustments(key: PositionKey, before: State, after: State) -> list[Entry]:
                 leg=leg,
                 kind=Kind.ADJUSTMENT,
                 quantity=change,
-                price=taken.average or (after.mark.price if after.mark else taken.size * 0),
+                price=taken.average or (after.mark.price if after.mark else ZERO),
                 executed_at=taken.at,
                 time_source=TimeSource.EVENT,
                 exec_type="Takeover",

@@ -31,7 +31,7 @@ def replay_quarantine(
         properties=refused.properties,
         received_at=kept.first_seen_at,
     )
-    decoded = decode(delivery, max_bytes=max_bytes)
+    decoded = decode(delivery, max_bytes=max_bytes, now=now)
     if decoded.refused:
         raise decoded.refused
     outcome = apply_events(connection, decoded.events, [], rules=rules, now=now)

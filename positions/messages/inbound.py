@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Final, NoReturn
 
@@ -29,7 +29,9 @@ IGNORED_TYPES: Final = {"created", "cancelled", "rejected", "modified"}
 _ASSET: Final = re.compile(r"[A-Z0-9][A-Z0-9-]{1,39}")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _EARLIEST: Final = datetime(2009, 1, 1, tzinfo=UTC)
-_LATEST: Final = datetime(2100, 1, 1, tzinfo=UTC)
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+AHEAD_MAX: Final = timedelta(minutes=10)
+"""An event of a later time than this from now is refused: all that is right would be older than it."""
 
 Record = Mapping[str, Any]
 
@@ -56,27 +58,39 @@ class Decoded:
     """Why one of the records in the message cannot be applied; `events` are those of the others."""
 
 
-def decode(delivery: Delivery, *, max_bytes: int) -> Decoded:
+def decode(delivery: Delivery, *, max_bytes: int, now: datetime | None = None) -> Decoded:
     """Return the events in ``delivery``.
+
+    Args:
+        delivery: the message.
+        max_bytes: a longer one is refused undecoded.
+        now: what lies in the future is judged by; the message's arrival if not given.
 
     Raises:
         InvalidEvent: it can never be applied as it is.
     """
     if len(delivery.body) > max_bytes:
         raise InvalidEvent(f"message of {len(delivery.body)} bytes, more than the {max_bytes} allowed")
-    envelope = _parse(delivery.body)
-    # Numbers have up to 38 digits, and Python's usual context rounds to 28, even for a sign.
-    with exact():
-        return _events(envelope, delivery)
+    envelope: Record = {}
+    try:
+        envelope = _parse(delivery.body)
+        # Numbers have up to 38 digits, and Python's usual context rounds to 28, even for a sign.
+        with exact():
+            return _events(envelope, delivery, now or delivery.received_at)
+    except RecursionError:
+        raise InvalidEvent("JSON nested too deep") from None
+    except InvalidEvent as refused:
+        refused.trace_id = trace_id(envelope, delivery.headers)
+        raise
 
 
-def _events(envelope: Record, delivery: Delivery) -> Decoded:
+def _events(envelope: Record, delivery: Delivery, now: datetime) -> Decoded:
     kind = envelope.get("event_type") or delivery.headers.get("event_type")
     topic = envelope.get("topic") or delivery.headers.get("topic")
     for said in (kind, topic):
         if said is not None and not isinstance(said, str):
             raise InvalidEvent(f"unknown event type {_quoted(said)}", "event_type")
-    source = _Source(envelope, delivery)
+    source = _Source(envelope, delivery, now)
     if kind in ("order_executed", "position_updated_from_order"):
         record = _inner(envelope)
         return Decoded((_execution(record, source, filled=kind != "order_executed"),))
@@ -119,9 +133,10 @@ def trace_id(envelope: Record, headers: Record) -> str:
 class _Source:
     """Where a record comes from: its envelope and delivery, for what the record itself does not say."""
 
-    def __init__(self, envelope: Record, delivery: Delivery) -> None:
+    def __init__(self, envelope: Record, delivery: Delivery, now: datetime) -> None:
         self.envelope = envelope
         self.delivery = delivery
+        self.now = now
         self.trace_id = trace_id(envelope, delivery.headers)
         self.event_id: str | None = _Text(value=envelope.get("event_id") or None).value
 
@@ -134,14 +149,18 @@ class _Source:
         """Return the event's time and where it is from: its own, the envelope's, AMQP's, its arrival."""
         if own is None:
             own = _Moment(value=_pick((self.envelope,), "timestamp", "creationTime")).value
+        latest = self.now + AHEAD_MAX
         if own is not None:
+            if own > latest:
+                raise InvalidEvent(f"{own.isoformat()} is in the future", "timestamp")
             return own, TimeSource.EVENT
-        stamp = self.delivery.properties.get("timestamp")
         try:
-            at = _moment(stamp)
+            at = _moment(self.delivery.properties.get("timestamp"))
         except ValueError:
             at = None
-        return (at, TimeSource.AMQP) if at else (self.delivery.received_at, TimeSource.ARRIVAL)
+        if at is None or at > latest:
+            return self.delivery.received_at, TimeSource.ARRIVAL
+        return at, TimeSource.AMQP
 
 
 def _parse(body: bytes) -> Record:
@@ -150,8 +169,6 @@ def _parse(body: bytes) -> Record:
         parsed = json.loads(body, parse_float=Decimal, parse_constant=_refuse_constant)
     except InvalidEvent:
         raise
-    except RecursionError:
-        raise InvalidEvent("JSON nested too deep") from None
     except (ValueError, InvalidOperation) as error:
         raise InvalidEvent(f"not JSON: {str(error)[:TEXT_MAX]}") from None
     if not isinstance(parsed, dict):
@@ -206,7 +223,8 @@ def _amount(value: Any) -> Decimal | None:
         raise ValueError(f"{_quoted(value)} is not a finite number")
     if not fits(number):
         raise ValueError(f"more than {INTEGER_DIGITS} integer digits or {SCALE} decimals")
-    return number
+    # Without padding zeros, of which the wire may carry any number.
+    return number.normalize() if number else ZERO
 
 
 def _moment(value: Any) -> datetime | None:
@@ -221,18 +239,19 @@ def _moment(value: Any) -> datetime | None:
         except ValueError:
             raise ValueError(f"{_quoted(value)} is not an ISO 8601 time") from None
     elif isinstance(value, int | str | Decimal) and not isinstance(value, bool):
-        epoch = int(value)
-        try:
-            # Seconds have ten digits until the year 2286.
-            seconds, ms = (epoch, 0) if epoch < 10**11 else divmod(epoch, 1000)
-            at = datetime.fromtimestamp(seconds, UTC).replace(microsecond=ms * 1000)
-        except (OverflowError, ValueError, OSError):
-            raise ValueError("not a point in time") from None
+        epoch = Decimal(value)
+        # Seconds have ten digits until the year 2286, milliseconds thirteen.
+        if not epoch >= 0 or epoch.adjusted() > 12 or not fits(epoch):
+            raise ValueError("not a point in time")
+        at = _EPOCH + timedelta(microseconds=int(epoch * (1_000_000 if epoch.adjusted() < 11 else 1000)))
     else:
         raise ValueError("must be an ISO 8601 time or epoch milliseconds")
-    at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
-    if not _EARLIEST <= at < _LATEST:
-        raise ValueError("a time before 2009 or after 2099")
+    try:
+        at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("not a point in time") from None
+    if at < _EARLIEST:
+        raise ValueError("a time before 2009")
     return at
 
 
@@ -581,7 +600,7 @@ def _order_report(kind: str, record: Record, source: _Source) -> Decoded:
         kind=Kind.ORDER_REPORT,
         quantity=quantity,
         price=wire.average_price or ZERO,
-        fee=wire.fees or ZERO,
+        fee=wire.fees,
         executed_at=at,
         time_source=time_source,
         order_id=wire.order_id,

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import structlog
 from sqlalchemy import Connection, Engine, create_engine
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from positions.errors import ConcurrencyConflict, Unavailable
@@ -17,14 +17,19 @@ from positions.errors import ConcurrencyConflict, Unavailable
 log = structlog.get_logger(__name__)
 Result = TypeVar("Result")
 
-# Every wait has an end. The statement timeout is below the tasks' soft limit, so that a slow statement is
-# an error of its own and not a killed child.
+# Every wait has an end, and all tries of a transaction together end before a task's soft limit.
 _SESSION = {
     "timezone": "UTC",
-    "statement_timeout": "15s",
-    "lock_timeout": "10s",
+    "statement_timeout": "8s",
+    "lock_timeout": "4s",
     "idle_in_transaction_session_timeout": "30s",
+    # A client that is gone without a word must not keep its locks for hours.
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
 }
+TRIES_S = 10.0
+"""No further try of a transaction begins after so long."""
 
 
 def connect(url: str, *, pool_size: int = 5, application: str = "positions") -> Engine:
@@ -38,7 +43,8 @@ def connect(url: str, *, pool_size: int = 5, application: str = "positions") -> 
         pool_recycle=1800,
         hide_parameters=True,  # an error's text goes to logs and to quarantine: no payload in it
         connect_args={
-            "connect_timeout": 5,
+            "connect_timeout": 4,
+            "tcp_user_timeout": 8000,  # ms without an answer from a host that is gone
             "options": " ".join(f"-c {name}={value}" for name, value in _SESSION.items()),
             "application_name": application,
             "keepalives_idle": 30,
@@ -68,13 +74,17 @@ def transaction(engine: Engine) -> Iterator[Connection]:
     """Run the block in one transaction: committed when it ends, rolled back when it raises.
 
     Raises:
-        Unavailable: the database cannot be reached, or gave up the transaction (deadlock, timeout,
-            shutdown). Nothing is known to be committed, and all of it may be tried again.
+        Unavailable: the database cannot be reached, gave up the transaction (deadlock, timeout, shutdown),
+            or is not as we need it (read-only, not migrated). Nothing is known to be committed, and all of
+            it may be tried again.
+        DataError: the database refuses a value; it would again.
     """
     try:
         with engine.begin() as connection:
             yield connection
-    except (OperationalError, InterfaceError, PoolTimeoutError) as error:
+    except DataError:
+        raise
+    except (DBAPIError, PoolTimeoutError) as error:
         raise Unavailable(_reason(error)) from error
 
 
@@ -91,7 +101,7 @@ def in_transaction(
         ConcurrencyConflict: the position kept changing under every try.
         Unavailable: as :func:`transaction`, after every try.
     """
-    attempt = 0
+    attempt, started = 0, time.monotonic()
     while True:
         try:
             with transaction(engine) as connection:
@@ -99,7 +109,7 @@ def in_transaction(
         except (ConcurrencyConflict, Unavailable) as error:
             attempt += 1
             event = "version_conflict" if isinstance(error, ConcurrencyConflict) else "transaction_lost"
-            if attempt > retry.retries:
+            if attempt > retry.retries or time.monotonic() - started > TRIES_S:
                 log.warning(event, attempt=attempt, outcome="gave_up", reason=str(error))
                 raise
             wait_ms = retry.wait_ms(attempt)

@@ -43,7 +43,8 @@ _AFTER = f"""
     JOIN positions p ON p.id = v.position_id
     CROSS JOIN LATERAL (
         SELECT * FROM ledger
-        WHERE ledger.position_id = v.position_id AND ledger.executed_at >= v.at AND kind <> 'adjustment'
+        WHERE ledger.position_id = v.position_id AND ledger.executed_at >= v.at
+            AND kind IN ('trade', 'funding', 'order_report')
             AND (ledger.executed_at, coalesce(ledger.venue_seq, -1), ledger.key COLLATE "C")
                 > (v.at, v.seq, v.key COLLATE "C")
         LIMIT %(limit)s

@@ -33,13 +33,13 @@ def add(connection: Connection, messages: Sequence[Message]) -> None:
         )
 
 
-def pending(connection: Connection, limit: int) -> list[Any]:
-    """Return the oldest messages that are not published yet, as rows of the outbox."""
+def pending(connection: Connection, limit: int, *, after: int = 0) -> list[Any]:
+    """Return the oldest messages that are not published yet, with ids beyond ``after``, as rows."""
     return list(
         connection.exec_driver_sql(
             "SELECT id, message_id, event_type, trace_id, body, created_at FROM outbox"
-            " ORDER BY id LIMIT %(limit)s",
-            {"limit": limit},
+            " WHERE id > %(after)s ORDER BY id LIMIT %(limit)s",
+            {"limit": limit, "after": after},
         )
     )
 

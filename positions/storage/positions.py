@@ -10,8 +10,9 @@ from sqlalchemy import Connection
 
 from positions.domain.events import LegName, Mode, PositionKey, Report
 from positions.domain.figures import Figures
+from positions.domain.leg import Leg
 from positions.domain.numbers import ZERO
-from positions.domain.position import Policy, State, advanced, empty, with_report
+from positions.domain.position import Held, Policy, State, advanced, empty, with_report
 from positions.errors import ConcurrencyConflict
 from positions.storage import codec
 
@@ -26,6 +27,8 @@ class Stored:
     state: State
     created_at: datetime
     last_snapshot_at: datetime | None
+    adopted: bool = False
+    """Whether an older service wrote the row, and ours has not since."""
 
 
 _KEYS = "unnest(%(asset)s::text[], %(mode)s::text[]) AS v (asset, mode)"
@@ -155,6 +158,7 @@ def _load(connection: Connection, statement: str, keys: Iterable[PositionKey]) -
             state=_adopted(key, row) if adopted else codec.decode(key, row.state),
             created_at=row.created_at,
             last_snapshot_at=row.last_snapshot_at,
+            adopted=adopted,
         )
     return found
 
@@ -184,5 +188,8 @@ def _adopted(key: PositionKey, row: Any) -> State:
         reports = [long, short]
     state = empty(key)
     for each in reports:
-        state = with_report(state, each)
+        # Since when it is open or closed is known, and not the time of the report.
+        size = each.size or ZERO
+        since = Leg(size=size, opened_at=row.opened_at if size else None, closed_at=row.closed_at)
+        state = replace(with_report(state, each), held={**state.held, each.leg: Held(since)})
     return advanced(state, [], Policy()) or state

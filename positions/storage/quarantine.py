@@ -26,6 +26,10 @@ _INSERT = """
 """
 
 
+NESTED_MAX = 8
+"""Headers nested deeper are kept by their type only."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refused:
     """A message and why it was refused."""
@@ -55,19 +59,35 @@ def add(connection: Connection, refused: Sequence[Refused], *, now: datetime) ->
         {
             "now": now,
             "digest": list(unique),
-            "headers": [_json(each.headers) for each in rows],
-            "properties": [_json(each.properties) for each in rows],
+            "body": [each.body for each in rows],
             **{
-                name: [getattr(each, name) for each in rows]
-                for name in ("queue", "reason", "field", "trace_id", "body")
+                name: [json.dumps(_storable(getattr(each, name))) for each in rows]
+                for name in ("headers", "properties")
+            },
+            **{
+                name: [_storable(getattr(each, name)) for each in rows]
+                for name in ("queue", "reason", "field", "trace_id")
             },
         },
     )
 
 
-def _json(data: Mapping[str, Any]) -> str:
-    # Headers are the publisher's: any type AMQP knows, and PostgreSQL takes no NUL in JSON.
-    return json.dumps(data, default=str).replace("\\u0000", "")
+def _storable(value: Any, depth: int = 0) -> Any:
+    """Return ``value`` as JSON and PostgreSQL take it: headers are the publisher's, of any type and text."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    if depth < NESTED_MAX and isinstance(value, Mapping):
+        return {str(_storable(str(key))): _storable(each, depth + 1) for key, each in value.items()}
+    if depth < NESTED_MAX and isinstance(value, list | tuple):
+        return [_storable(each, depth + 1) for each in value]
+    text = (
+        value
+        if isinstance(value, str)
+        else f"<nested {type(value).__name__}>"
+        if depth >= NESTED_MAX
+        else str(value)
+    )
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

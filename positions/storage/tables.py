@@ -83,7 +83,8 @@ ledger = Table(
     Column("leg", String(8), nullable=False),
     Column("quantity", Amount, nullable=False),
     Column("price", Amount, nullable=False),
-    Column("fee", Amount, nullable=False),
+    # NULL: an order report that does not say.
+    Column("fee", Amount),
     Column("executed_at", Time, nullable=False),
     Column("time_source", String(8), nullable=False),
     Column("venue_seq", BigInteger),

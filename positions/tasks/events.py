@@ -146,5 +146,5 @@ def _refused(message: RawMessage, error: InvalidEvent) -> Refused:
         properties=message.properties,
         reason=error.reason,
         field=error.field,
-        trace_id=inbound.trace_id({}, message.headers),
+        trace_id=error.trace_id,
     )

@@ -9,10 +9,11 @@ and only when, the task has returned, which is after its transaction was committ
 What a batch that failed means:
 
 =========================================  =====================================================
-the database is away (`Unavailable`)       held here, tried again after a growing wait
+the database is away (`Unavailable`), or   held here, tried again after a growing wait
+so slow that the task was killed
 `ConcurrencyConflict`                      back to the queue
-its process was lost, a time limit, or     each message travels alone, so that one poison message
-an unexpected error                        takes no neighbour down; a message that failed alone
+its process was lost, or an unexpected     each message travels alone, so that one poison message
+error                                      takes no neighbour down; a message that failed alone
                                            `ALONE_ATTEMPTS` times is put into quarantine
 the connection to the broker was lost      nothing: the broker delivers again, the ledger knows
 =========================================  =====================================================
@@ -26,6 +27,8 @@ from logging import Logger
 from typing import Any
 
 import structlog
+from amqp import serialization
+from amqp.exceptions import FrameSyntaxError
 from celery import bootsteps
 from celery.exceptions import TimeLimitExceeded
 from celery.worker.request import Request
@@ -41,6 +44,8 @@ log = structlog.get_logger(__name__)
 ALONE_ATTEMPTS = 3
 # A batch is also full at this size: it travels through a pipe to the pool in one piece.
 BATCH_BYTES_MAX = 1_000_000
+PREFETCH_MAX = 65_535  # the protocol's
+BASIC_CLASS = 60  # AMQP's number of the class of messages
 HOLD_FIRST_S, HOLD_MAX_S = 0.5, 5.0
 # Longer than a task may take (its hard limit), so that a clean stop leaves nothing half done.
 DRAIN_S = 35.0
@@ -92,8 +97,10 @@ class Batch:
         park: str | None = None,
     ) -> None:
         self.messages, self.tags, self.attempts = messages, tags, attempts
+        self.park = park
         self.failure: BaseException | None = None
-        self.held_s = 0.0
+        self.waits_s = HOLD_FIRST_S
+        """How long it waits before it is tried again, if it has to be."""
         self.id = uuid()
         self.settlement = intake.settlement
         self._intake = intake
@@ -206,7 +213,8 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         channel = c.connection.channel()
         channel.auto_decode = False  # py-amqp would turn bodies into str
         # Enough for every process of the pool, and one batch more that fills meanwhile.
-        channel.basic_qos(0, self.settings.batch_size * (self._capacity(c) + 1), False)
+        prefetch = self.settings.batch_size * (self._capacity(c) + 1)
+        channel.basic_qos(0, min(prefetch, PREFETCH_MAX), False)
         self.settlement = Settlement(channel, multiple=c.connection.transport.driver_type == "amqp")
 
     def register_with_event_loop(self, c: Any, hub: Any) -> None:
@@ -234,7 +242,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self._reset()
 
     def shutdown(self, c: Any) -> None:
-        """Close the channel: what was not acknowledged goes back to its queue."""
+        """Forget the channel: it goes with the connection, and what is open on it back to its queue."""
         del c
         self._reset()
 
@@ -251,30 +259,33 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         if batch.settlement is not self.settlement or self.settlement is None:
             return
         self._in_flight.discard(batch.id)
-        failure, alone = batch.failure, len(batch.messages) == 1
-        fields = {"task_id": batch.id, "messages": len(batch.messages), "reason": _reason(failure)}
-        if isinstance(failure, Unavailable):
-            again = Batch(
-                self, batch.messages, batch.tags, attempts=batch.attempts, park=batch.body[1]["park"]
-            )
-            again.held_s = min(batch.held_s * 2 or HOLD_FIRST_S, HOLD_MAX_S)
-            log.warning("batch_held", wait_s=again.held_s, **fields)
-            self._hub.call_later(again.held_s, self._resume, again)
-        elif isinstance(failure, ConcurrencyConflict):
-            log.warning("batch_given_back", **fields)
+        failure = batch.failure
+        log_failure = log.bind(task_id=batch.id, messages=len(batch.messages), reason=_reason(failure))
+        # Work in Python ends at the soft limit; what only the hard one ends is a wait for the database.
+        away = isinstance(failure, Unavailable | TimeLimitExceeded)
+        if isinstance(failure, ConcurrencyConflict):
+            log_failure.warning("batch_given_back")
             self.settlement.give_back(batch.tags)
-        elif not alone:
-            log.error("batch_isolated", **fields)
+        elif away or batch.park is not None:
+            log_failure.warning("batch_held", wait_s=batch.waits_s)
+            self._hold(batch, attempts=batch.attempts, park=batch.park)
+        elif len(batch.messages) > 1:
+            log_failure.error("batch_isolated")
             pairs = zip(batch.messages, batch.tags, strict=True)
             self._ready.extend(Batch(self, [message], [tag]) for message, tag in pairs)
         else:
             attempts = batch.attempts + 1
-            park = None
-            if attempts >= ALONE_ATTEMPTS:
-                park = f"failed {attempts} times alone: {_reason(failure)}"
-            log.error("event_failed_alone", attempts=attempts, **fields)
-            self._ready.append(Batch(self, batch.messages, batch.tags, attempts=attempts, park=park))
+            log_failure.error("event_failed_alone", attempts=attempts)
+            given_up = attempts >= ALONE_ATTEMPTS
+            park = f"failed {attempts} times alone: {_reason(failure)}" if given_up else None
+            self._hold(batch, attempts=attempts, park=park)
         self._hand_over()
+
+    def _hold(self, batch: Batch, *, attempts: int, park: str | None) -> None:
+        """Try the messages of ``batch`` again after its wait; the next one will be longer."""
+        again = Batch(self, batch.messages, batch.tags, attempts=attempts, park=park)
+        again.waits_s = min(batch.waits_s * 2, HOLD_MAX_S)
+        self._hub.call_later(batch.waits_s, self._resume, again)
 
     def _received(self, queue: str, message: Any) -> None:
         """Take one raw message in."""
@@ -350,6 +361,25 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
 
     def _capacity(self, c: Any) -> int:
         return int(getattr(c.pool, "num_processes", None) or c.controller.concurrency or 1)
+
+
+def guard_properties() -> None:
+    """Let a message with properties that cannot be read be one without any.
+
+    py-amqp reads them while it reads the frame: a time that is out of range, or a header nested without end,
+    would be an error of the connection, and end the worker at every start.
+    """
+    read = serialization.PROPERTY_CLASSES[BASIC_CLASS]
+
+    def read_or_none(buffer: Any, offset: int) -> tuple[dict[str, Any], int]:
+        try:
+            result: tuple[dict[str, Any], int] = read(buffer, offset)
+        except (ValueError, OverflowError, RecursionError, FrameSyntaxError):
+            log.warning("properties_unreadable")
+            return {}, offset
+        return result
+
+    serialization.PROPERTY_CLASSES[BASIC_CLASS] = read_or_none
 
 
 def _reason(failure: BaseException | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -18,6 +17,7 @@ from positions.domain.events import Mode, PositionKey
 from positions.domain.position import Mark
 from positions.errors import ConcurrencyConflict, Unavailable
 from positions.handlers.update_mark import update_mark
+from positions.storage import quarantine
 from positions.storage.database import Retry, connect, in_transaction, transaction
 from positions.storage.tables import ledger, outbox
 from tests.integration.support import (
@@ -29,13 +29,6 @@ from tests.integration.support import (
 )
 
 BTC = PositionKey("BTCUSDT", Mode.ONE_WAY)
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = connect(database_url, pool_size=8)
-    yield made
-    made.dispose()
 
 
 def count(engine: Engine, table: Any) -> int:
@@ -96,6 +89,44 @@ def test_an_execution_known_under_another_asset_leaves_no_empty_position(engine:
     assert list(stored(engine)) == [BTC]
 
 
+def test_a_report_without_a_time_counts_when_it_first_arrived(engine: Engine) -> None:
+    first, second = (
+        {
+            "event_type": "position",
+            "event_id": size,
+            "data": {"symbol": "BTCUSDT", "side": "Buy", "size": size},
+        }
+        for size in ("1", "2")
+    )
+    apply(engine, [first])
+    apply(engine, [second])
+    assert apply(engine, [first]).counts["duplicate"] == 1
+    assert stored(engine)[BTC]["size"] == 2
+
+
+def test_any_headers_are_kept_in_quarantine(engine: Engine) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(500):
+        deep = {"in": deep}
+    strange = {
+        "nul": "a\0b",
+        "half": "\ud800",
+        "escaped": "\\u0000z",
+        "nan": float("nan"),
+        "bytes": b"\xff",
+        "deep": deep,
+    }
+    refused = quarantine.Refused(
+        queue="q\0", body=b"\0\xff", headers=strange, properties={"message_id": "\ud800"}, reason="r\0\ud800"
+    )
+    with transaction(engine) as connection:
+        quarantine.add(connection, [refused, refused], now=datetime.now(UTC))
+    with transaction(engine) as connection:
+        (kept,) = quarantine.newest(connection, limit=5)
+    assert kept.refused.body == b"\0\xff"
+    assert kept.refused.headers["escaped"] == "\\u0000z"
+
+
 def test_a_batch_that_fails_leaves_no_trace(engine: Engine) -> None:
     largest = [execution("ETHUSDT", "Buy", "9" * 20, "1", number=number) for number in range(2)]
     with pytest.raises(DataError, match="numeric field overflow"):
@@ -119,7 +150,7 @@ def test_writers_on_the_same_positions_converge_without_deadlock(engine: Engine)
     random.shuffle(arrived)
     batches = [arrived[start : start + 25] for start in range(0, len(arrived), 25)]
     with ThreadPoolExecutor(max_workers=6) as pool:
-        list(pool.map(lambda batch: apply(engine, batch), batches))
+        list(pool.map(lambda batch: apply(engine, batch, Retry(retries=0)), batches))
     assert count(engine, ledger) == len(messages)
     assert_positions_are_the_fold_of_the_ledger(engine)
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 from sqlalchemy import Engine, select
 
 from positions.domain.events import Mode, PositionKey
-from positions.storage.database import connect
 from positions.storage.tables import breaks
 from tests.integration.support import apply, execution, stored
 
 BTC = PositionKey("BTCUSDT", Mode.ONE_WAY)
 HEDGE = PositionKey("BTCUSDT", Mode.HEDGE)
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = connect(database_url)
-    yield made
-    made.dispose()
 
 
 def report(second: int, size: str, **fields: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,18 +15,11 @@ from positions import log_config
 from positions.cli import cli
 from positions.domain.events import Mode, PositionKey
 from positions.storage import quarantine
-from positions.storage.database import connect, transaction
+from positions.storage.database import transaction
 from tests.integration.support import apply, execution, stored
 
 BTC = PositionKey("BTCUSDT", Mode.ONE_WAY)
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = connect(database_url)
-    yield made
-    made.dispose()
 
 
 @pytest.fixture

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import calendar
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,7 +18,7 @@ import redis
 from celery import Celery
 from sqlalchemy import Engine, func, select
 
-from positions.storage import broker
+from positions.storage import broker, migrate
 from positions.storage.database import connect
 from positions.storage.tables import ledger, quarantine
 from tests.integration.processes import environment, worker
@@ -31,13 +32,6 @@ from tests.integration.support import (
     publish,
 )
 from tests.services import PostgreSQL, RabbitMQ, wait_until
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = connect(database_url)
-    yield made
-    made.dispose()
 
 
 @pytest.fixture
@@ -260,6 +254,36 @@ def test_a_batch_is_held_while_the_database_is_away(
         await_ledger(engine, len(messages))
         assert running.logged("batch_isolated") == 0
     assert_positions_are_the_fold_of_the_ledger(engine)
+
+
+def test_a_database_that_is_not_migrated_yet_is_no_fault_of_the_events(
+    new_empty_database: str, queues: str, redis_url: str, tmp_path: Path
+) -> None:
+    messages = executions(50)
+    publish(queues, [(EXECUTION_QUEUE, message) for message in messages])
+    engine = connect(new_empty_database)
+    with worker(environment(new_empty_database, queues, redis_url), tmp_path) as running:
+        running.await_log("batch_held", times=2)
+        migrate.upgrade(new_empty_database)
+        await_ledger(engine, len(messages))
+        assert running.logged("batch_isolated") == 0
+    assert count(engine, quarantine) == 0
+    engine.dispose()
+
+
+def test_properties_that_cannot_be_read_do_not_end_the_worker(
+    engine: Engine, queues: str, env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A publisher that writes milliseconds where AMQP has seconds.
+    monkeypatch.setattr(calendar, "timegm", lambda _: 1_736_935_200_000)
+    publish(queues, [(EXECUTION_QUEUE, executions(1)[0])], application_headers={"sent": datetime.now(UTC)})
+    monkeypatch.undo()
+    publish(queues, [(EXECUTION_QUEUE, executions(2)[1])])
+    with worker(env, tmp_path) as running:
+        await_ledger(engine, 2)
+        assert running.logged("properties_unreadable") == 1
+        assert running.terminate() == 0
+    assert waiting(queues) == 0
 
 
 def test_poison_is_isolated_and_parked(

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from datetime import UTC, datetime
 from decimal import Decimal
-from uuid import uuid4
 
-import psycopg2
 import pytest
 from alembic import command
 from sqlalchemy import Engine, text
-from sqlalchemy.engine import make_url
 
 from positions.domain.events import Mode, PositionKey
 from positions.storage import migrate
 from positions.storage.database import connect
 from tests.integration.support import apply, execution, stored
-from tests.services import PostgreSQL
 
 BTC = PositionKey("BTCUSDT", Mode.ONE_WAY)
 # As a service of the same contract may have made it: narrower numbers, times without zone, nulls.
@@ -53,34 +48,24 @@ OLDER = """
 
 
 @pytest.fixture
-def empty_url(postgres: PostgreSQL) -> Iterator[str]:
-    url = make_url(postgres.url).set(database=f"migrations_{uuid4().hex[:8]}")
-    admin = make_url(postgres.url).set(drivername="postgresql").render_as_string(hide_password=False)
-    with closing(psycopg2.connect(admin)) as connection:
-        connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute(f"CREATE DATABASE {url.database}")
-            yield url.render_as_string(hide_password=False)
-            cursor.execute(f"DROP DATABASE {url.database} WITH (FORCE)")
-
-
-@pytest.fixture
-def engine(empty_url: str) -> Iterator[Engine]:
-    made = connect(empty_url)
+def engine(new_empty_database: str) -> Iterator[Engine]:
+    made = connect(new_empty_database)
     yield made
     made.dispose()
 
 
-def test_the_migrated_schema_is_the_tables_of_the_code(empty_url: str) -> None:
-    migrate.upgrade(empty_url)
-    migrate.upgrade(empty_url)
-    command.check(migrate.config(empty_url))
+def test_the_migrated_schema_is_the_tables_of_the_code(new_empty_database: str) -> None:
+    migrate.upgrade(new_empty_database)
+    migrate.upgrade(new_empty_database)
+    command.check(migrate.config(new_empty_database))
 
 
-def test_an_older_service_s_positions_are_brought_over_without_loss(empty_url: str, engine: Engine) -> None:
+def test_an_older_service_s_positions_are_brought_over_without_loss(
+    new_empty_database: str, engine: Engine
+) -> None:
     with engine.begin() as connection:
         connection.execute(text(OLDER))
-    migrate.upgrade(empty_url)
+    migrate.upgrade(new_empty_database)
     rows = stored(engine)
     row = rows[BTC]
     assert (row["size"], row["realized_pnl"], row["version"]) == (Decimal("-1.5"), Decimal("12.5"), 7)
@@ -95,12 +80,62 @@ def test_an_older_service_s_positions_are_brought_over_without_loss(empty_url: s
         )
 
 
-def test_fills_fold_on_top_of_a_position_that_was_brought_over(empty_url: str, engine: Engine) -> None:
+def test_fills_fold_on_top_of_a_position_that_was_brought_over(
+    new_empty_database: str, engine: Engine
+) -> None:
     with engine.begin() as connection:
         connection.execute(text(OLDER))
-    migrate.upgrade(empty_url)
+    migrate.upgrade(new_empty_database)
     apply(engine, [execution("BTCUSDT", "Buy", "0.5", "48000", execution_fees="1")])
     row = stored(engine)[BTC]
     assert (row["size"], row["average_entry_price"], row["version"]) == (-1, 50000, 8)
     # 12.5 brought over, 0.5 x (50000 - 48000) gained, 1 paid.
     assert row["realized_pnl"] == Decimal("1011.5")
+
+
+def older(engine: Engine, table: str, rows: str) -> None:
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE TABLE positions ({table}); INSERT INTO positions {rows}"))
+
+
+def test_ids_that_the_older_service_made_itself_are_made_by_the_database_now(
+    new_empty_database: str, engine: Engine
+) -> None:
+    older(
+        engine,
+        "id uuid PRIMARY KEY, asset text, mode text, size numeric, long_size numeric, short_size numeric,"
+        " version integer, last_updated timestamp",
+        "VALUES ('00000000-0000-0000-0000-000000000001', 'BTCUSDT', 'hedge', -1, 2, 3, 0, '2025-01-01')",
+    )
+    migrate.upgrade(new_empty_database)
+    apply(engine, [execution("ETHUSDT", "Buy", "1", "100")])
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100", position_idx=1)])
+    row = stored(engine)[PositionKey("BTCUSDT", Mode.HEDGE)]
+    assert (row["long_size"], row["short_size"], row["size"], row["version"]) == (3, -3, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("table", "rows", "named"),
+    [
+        ("id bigint PRIMARY KEY, asset text, mode text", "VALUES (1, 'BTCUSDT', 'one-way')", "bigint"),
+        (
+            "id uuid PRIMARY KEY DEFAULT gen_random_uuid(), asset text, mode text",
+            "(asset, mode) VALUES ('BTCUSDT', 'one-way'), ('btcusdt', 'one_way')",
+            "BTCUSDT",
+        ),
+        (
+            "id uuid PRIMARY KEY DEFAULT gen_random_uuid(), asset text, mode text",
+            "(asset, mode) VALUES ('BTCUSDT', 'cross')",
+            "cross",
+        ),
+    ],
+)
+def test_what_would_lose_data_is_named_and_nothing_changed(
+    new_empty_database: str, engine: Engine, table: str, rows: str, named: str
+) -> None:
+    older(engine, table, rows)
+    with pytest.raises(RuntimeError, match=named):
+        migrate.upgrade(new_empty_database)
+    with engine.connect() as connection:
+        columns = "SELECT count(*) FROM pg_attribute WHERE attrelid = 'positions'::regclass AND attnum > 0"
+        assert connection.execute(text(columns)).scalar() == 3

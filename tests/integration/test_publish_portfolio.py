@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
-import pytest
 from sqlalchemy import Engine, select
 
 from positions.handlers.publish_portfolio import publish_portfolio
-from positions.storage.database import connect, transaction
+from positions.storage.database import transaction
 from positions.storage.tables import outbox
 from tests.integration.support import apply, execution
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = connect(database_url)
-    yield made
-    made.dispose()
 
 
 def published(engine: Engine, second: float) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from random import Random
@@ -23,7 +22,7 @@ from positions.errors import DeepRefold, Unavailable
 from positions.handlers import refold
 from positions.handlers.apply_events import apply_events
 from positions.storage import positions as store
-from positions.storage.database import Retry, connect, in_transaction, transaction
+from positions.storage.database import Retry, in_transaction, transaction
 from positions.storage.tables import fold_points
 from tests.integration.support import (
     RULES,
@@ -35,13 +34,6 @@ from tests.integration.support import (
 from tests.unit.test_position_laws import History, comparable, histories
 
 BTC = PositionKey("BTCUSDT", Mode.ONE_WAY)
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = connect(database_url, pool_size=8)
-    yield made
-    made.dispose()
 
 
 def fills(number: int, *, seed: int = 3) -> list[dict[str, Any]]:

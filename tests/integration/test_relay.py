@@ -21,13 +21,6 @@ from tests.services import RabbitMQ, wait_until
 QUEUE = "position-manager.position_updated"
 
 
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = connect(database_url)
-    yield made
-    made.dispose()
-
-
 @contextmanager
 def relay(database_url: str, broker_url: str) -> Iterator[threading.Thread]:
     stopped = threading.Event()
@@ -57,6 +50,12 @@ def write(engine: Engine, first: int, last: int) -> None:
 def left(engine: Engine) -> int:
     with engine.connect() as connection:
         return connection.execute(select(func.count()).select_from(outbox_table)).scalar_one()
+
+
+def waiting(engine: Engine, event_type: str) -> list[int]:
+    with engine.connect() as connection:
+        wanted = select(outbox_table.c.id).where(outbox_table.c.event_type == event_type)
+        return list(connection.execute(wanted).scalars())
 
 
 def taken(url: str) -> list[Any]:
@@ -112,6 +111,24 @@ def test_a_message_no_queue_takes_is_not_lost(engine: Engine, database_url: str,
         # It is refused, the queue declared anew, and everything published again.
         assert wait_until(lambda: left(engine) == 0, limit_s=30)
     assert [int(message.body) for message in taken(broker_url)] == list(range(1, 50))
+
+
+def test_a_full_queue_does_not_hold_up_the_others(
+    engine: Engine, database_url: str, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relaying, "WINDOW", 20)
+    full = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    with closing(channel_of(broker_url)) as connection, closing(connection.channel()) as channel:
+        channel.exchange_declare("position-manager", "topic", durable=True, auto_delete=False)
+        channel.queue_declare("full", durable=True, auto_delete=False, arguments=full)
+        channel.queue_bind("full", "position-manager", "portfolio_updated")
+    with transaction(engine) as session:
+        outbox.add(session, [outbox.Message("portfolio_updated", "t", "{}")] * 60)
+    write(engine, 0, 100)
+    with relay(database_url, broker_url):
+        assert wait_until(lambda: len(waiting(engine, "position_updated")) == 0, limit_s=30)
+    assert waiting(engine, "portfolio_updated")
+    assert [int(message.body) for message in taken(broker_url)] == list(range(100))
 
 
 def test_a_second_relay_takes_over(engine: Engine, database_url: str, broker_url: str) -> None:

@@ -354,6 +354,40 @@ def test_every_digit_of_a_number_is_kept() -> None:
     assert entry.quantity == Decimal("12345678901234567890.123456789012345678")
 
 
+def test_zeros_are_not_carried_along() -> None:
+    entry = only(executed(execution_price="100." + "0" * 20_000, execution_fees="0e-999999999"))
+    assert isinstance(entry, Entry)
+    assert (str(entry.price), str(entry.fee)) == ("1E+2", "0")
+
+
+@pytest.mark.parametrize("at", [1736935200.25, "1736935200250", 1736935200250])
+def test_a_time_in_seconds_or_milliseconds_keeps_its_fraction(at: Any) -> None:
+    report = only(position(timestamp=at))
+    assert isinstance(report, Report)
+    assert report.at == AT.replace(microsecond=250_000)
+
+
+def test_a_message_replayed_later_is_no_longer_of_the_future() -> None:
+    message = delivered(position(timestamp="2026-03-01T01:00:00Z"))
+    with pytest.raises(InvalidEvent):
+        decode(message, max_bytes=1000)
+    assert decode(message, max_bytes=1000, now=ARRIVAL.replace(day=2)).events
+
+
+def test_a_refusal_knows_the_trace_of_its_message() -> None:
+    with pytest.raises(InvalidEvent) as refused:
+        decoded({**executed(side=None), "trace_id": "t9"})
+    assert refused.value.trace_id == "t9"
+
+
+def test_json_nested_as_deep_as_the_parser_goes_is_an_event_or_a_refusal() -> None:
+    for depth in range(900, 1100):
+        nested = b"[" * depth + b"]" * depth
+        message = b'{"event_type": "position", "data": {"symbol": "B1"}, "x": ' + nested + b"}"
+        with suppress(InvalidEvent):
+            decoded(message)
+
+
 @pytest.mark.parametrize(
     ("message", "field", "reason"),
     [
@@ -382,6 +416,14 @@ def test_every_digit_of_a_number_is_kept() -> None:
         (position(markPrice="-1"), "mark_price", "must not be negative"),
         (position(timestamp="yesterday"), "timestamp", "not an ISO 8601 time"),
         (position(timestamp=10**30), "timestamp", "not a point in time"),
+        (
+            b'{"event_type": "position", "data": {"symbol": "B1", "updatedTime": 1e1000000}}',
+            "timestamp",
+            "not a point",
+        ),
+        (position(timestamp="9999-12-31T23:59:59-10:00"), "timestamp", "not a point in time"),
+        (position(timestamp="2099-01-01T00:00:00Z"), "timestamp", "is in the future"),
+        (position(timestamp="1999-01-01T00:00:00Z"), "timestamp", "before 2009"),
         (position(seq="x"), "seq", "whole number"),
         ({"topic": "position", "data": []}, "data", "1 to 500"),
         ({"topic": "position", "data": ["x"]}, "data", "1 to 500"),

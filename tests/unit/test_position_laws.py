@@ -160,7 +160,10 @@ class Keeper:
 
 
 def comparable(state: State) -> tuple[Figures, object]:
-    """Return what must not depend on the order of arrival: not since when a *reported* position is open."""
+    """Return what must not depend on the order of arrival.
+
+    Not in it is since when a position that only reports tell of is open, or which of them closed it.
+    """
     found = replace(figures(state), opened_at=None, closed_at=None)
     legs = {
         name: (
@@ -168,8 +171,8 @@ def comparable(state: State) -> tuple[Figures, object]:
             held.leg.cost,
             held.leg.gross,
             held.venue_realized,
-            held.takeover,
             held.disputed,
+            held.takeover if state.ledger[name].traded_at else None,
         )
         for name, held in state.held.items()
     }

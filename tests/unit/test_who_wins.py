@@ -249,3 +249,10 @@ def test_flat_reports_need_no_refold() -> None:
             keeper.apply([report(second, size="0", realized="10")])
         assert keeper.refolds == 0
         assert figures(keeper.state).realized_pnl == 10
+
+
+def test_an_order_report_that_does_not_tell_the_fee_refunds_none() -> None:
+    first = replace(order_report("0.3", "100", 1), fee=Decimal("0.03"))
+    last = replace(order_report("1.0", "107", 2), fee=None)
+    _, found = kept(first, last)
+    assert found.fees_paid == Decimal("0.03")

@@ -1,0 +1,36 @@
+"""What integration tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from uuid import uuid4
+
+import psycopg2
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy.engine import make_url
+
+from positions.storage.database import connect
+from tests.services import PostgreSQL
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """Connections to a fresh migrated database, enough for a handful of concurrent writers."""
+    made = connect(database_url, pool_size=8)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def new_empty_database(postgres: PostgreSQL) -> Iterator[str]:
+    """URL of a database without any table."""
+    url = make_url(postgres.url).set(database=f"empty_{uuid4().hex[:8]}")
+    admin = make_url(postgres.url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with closing(psycopg2.connect(admin)) as connection:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute(f"CREATE DATABASE {url.database}")
+            yield url.render_as_string(hide_password=False)
+            cursor.execute(f"DROP DATABASE {url.database} WITH (FORCE)")

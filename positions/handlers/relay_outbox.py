@@ -66,18 +66,21 @@ def _work(session: Connection, connection: Broker, stopping: Callable[[], bool])
         _sleep(1.0, stopping)
     publish = _publisher(connection)
     log.info("relay_started")
+    passed = refused = 0
     while not stopping():
         with session.begin():
-            rows = outbox.pending(session, WINDOW)
+            rows = outbox.pending(session, WINDOW, after=passed)
         if rows:
             confirmed = publish(rows)
             with session.begin():
                 outbox.delete(session, confirmed)
             if len(confirmed) < len(rows):
-                raise Unavailable(
-                    f"{len(rows) - len(confirmed)} messages refused: a queue is missing or full"
-                )
-            log.debug("outbox_published", messages=len(rows))
+                # A queue is full or missing. Messages for the others must not wait behind its own.
+                passed = rows[-1].id
+                refused += len(rows) - len(confirmed)
+            log.debug("outbox_published", messages=len(confirmed))
+        if refused and len(rows) < WINDOW:
+            raise Unavailable(f"{refused} messages refused: a queue is missing or full")
         if len(rows) < WINDOW:
             _sleep(POLL_S, stopping)
             connection.heartbeat_check()

@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a batch: how many events were applied, duplicate, stale."""
+    """What became of a batch: events applied, duplicate, stale; positions refolded; breaks found."""
 
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -82,7 +82,9 @@ def apply_events(
     stored = positions.lock(connection, touched)
     with exact():
         changed = _changes(connection, stored, new, told, rules=rules, outcome=outcome)
-        write_changes(connection, changed, stale_after=rules.price_stale_after, now=now)
+        outcome.counts["breaks"] += write_changes(
+            connection, changed, stale_after=rules.price_stale_after, now=now
+        )
     return outcome
 
 

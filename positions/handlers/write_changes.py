@@ -50,19 +50,19 @@ class Change:
 
 def write_changes(
     connection: Connection, changes: Sequence[Change], *, stale_after: timedelta, now: datetime
-) -> None:
-    """Write ``changes``: one `position_updated` each, with the final state.
+) -> int:
+    """Write ``changes``, one `position_updated` each with the final state; return how many breaks they show.
 
     Raises:
         ConcurrencyConflict: another writer was first at one of them; nothing of the transaction may stay.
     """
     if not changes:
-        return
+        return 0
     with exact():
         computed = [figures(change.state) for change in changes]
     ledger.insert(connection, [entry for change in changes for entry in change.adjustments])
     fold_points.add(connection, [(change.stored.id, point) for change in changes for point in change.points])
-    _keep_breaks(connection, changes, now)
+    found_breaks = _keep_breaks(connection, changes, now)
     pairs = list(zip(changes, computed, strict=True))
     positions.write(connection, [(change.stored, change.state, found) for change, found in pairs], now=now)
     gross_exposure = connection.execute(GROSS_EXPOSURE).scalar_one()
@@ -95,10 +95,11 @@ def write_changes(
             trace_id=trace_id,
         )
     outbox.add(connection, messages)
+    return found_breaks
 
 
-def _keep_breaks(connection: Connection, changes: Sequence[Change], now: datetime) -> None:
-    """Keep the breaks that came or changed, and resolve those that are gone."""
+def _keep_breaks(connection: Connection, changes: Sequence[Change], now: datetime) -> int:
+    """Keep the breaks that came or changed, resolve those that are gone; return how many came or changed."""
     kept: list[breaks.Found] = []
     gone = []
     for change in changes:
@@ -121,3 +122,4 @@ def _keep_breaks(connection: Connection, changes: Sequence[Change], now: datetim
         gone += [(change.stored.id, leg, kind) for leg, kind in before if (leg, kind) not in after]
     breaks.keep(connection, kept, now=now)
     breaks.resolve(connection, gone, resolution="agrees", now=now)
+    return len(kept)

@@ -27,7 +27,7 @@ def kept(engine: Engine) -> list[Any]:
 
 def test_a_size_taken_over_is_kept_as_a_resolved_break_and_an_adjustment(engine: Engine) -> None:
     apply(engine, [execution("BTCUSDT", "Buy", "1", "100", number=1)])
-    apply(engine, [report(5, "2")])
+    assert apply(engine, [report(5, "2")]).counts["breaks"] == 1
     assert stored(engine)[BTC]["size"] == 2
     (found,) = kept(engine)
     assert (found["kind"], found["ours"], found["theirs"], found["resolution"]) == (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from positions import settings
-from positions.errors import InvalidEvent, NotFound, Unavailable
+from positions.errors import NotFound, PositionsError, Unavailable
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -146,6 +146,8 @@ def quarantine_show(id_: int) -> None:
 @click.option("--all", "everything", is_flag=True, help="All that were not replayed yet.")
 def quarantine_replay(*, ids: tuple[int, ...], everything: bool) -> None:
     """Apply messages again, each in a transaction of its own; exit with 1 if one is refused again."""
+    from sqlalchemy.exc import DataError
+
     from positions.handlers.replay_quarantine import replay_quarantine
     from positions.storage import quarantine as store
     from positions.storage.database import Retry, in_transaction, transaction
@@ -156,12 +158,8 @@ def quarantine_replay(*, ids: tuple[int, ...], everything: bool) -> None:
     own, engine, failed = settings.load(), _engine(), False
     wanted = list(ids)
     if everything:
-        before: int | None = None
         with transaction(engine) as connection:
-            while page := store.newest(connection, limit=1000, before=before):
-                before = page[-1].id
-                wanted += [kept.id for kept in page]
-        wanted.reverse()
+            wanted = store.waiting(connection)
     for id_ in wanted:
         try:
             outcome = in_transaction(
@@ -171,9 +169,11 @@ def quarantine_replay(*, ids: tuple[int, ...], everything: bool) -> None:
                 ),
                 retry=Retry(),
             )
-        except (InvalidEvent, NotFound) as error:
+        except Unavailable:
+            raise
+        except (PositionsError, DataError) as error:
             failed = True
-            click.echo(f"{id_}: refused: {error}", err=True)
+            click.echo(f"{id_}: refused: {str(error).splitlines()[0]}", err=True)
         else:
             counts = ", ".join(f"{count} {name}" for name, count in outcome.counts.items() if count)
             click.echo(f"{id_}: {counts}")
@@ -189,6 +189,9 @@ def rebuild(*, asset: str | None, repair: bool, as_json: bool) -> None:
 
     The service goes on working meanwhile: each position is compared in a snapshot of its own.
     """
+    from decimal import Decimal
+
+    from positions.domain.numbers import plain
     from positions.handlers.rebuild_position import rebuild_position
     from positions.storage import positions as store
     from positions.storage.database import transaction
@@ -199,6 +202,8 @@ def rebuild(*, asset: str | None, repair: bool, as_json: bool) -> None:
     snapshots = engine.execution_options(isolation_level="REPEATABLE READ")
     with transaction(engine) as connection:
         keys = store.keys(connection, asset=asset.upper() if asset else None)
+    if asset and not keys:
+        raise NotFound(f"no position in {asset.upper()}")
     differing = 0
     quiet = as_json or not sys.stderr.isatty()
     with click.progressbar(keys, file=sys.stderr, hidden=quiet, label="folding") as shown:
@@ -212,7 +217,8 @@ def rebuild(*, asset: str | None, repair: bool, as_json: bool) -> None:
             if not found:
                 continue
             differing += 1
-            for name, (stored, folded) in found.items():
+            for name, pair in found.items():
+                stored, folded = (plain(each) if isinstance(each, Decimal) else each for each in pair)
                 row = {"asset": key.asset, "mode": key.mode, "figure": name}
                 if as_json:
                     _json_line({**row, "stored": stored, "folded": folded, "repaired": repair})

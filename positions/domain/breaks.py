@@ -36,19 +36,18 @@ def breaks_of(state: State) -> Mapping[tuple[LegName, BreakKind], Break]:
     found: dict[tuple[LegName, BreakKind], Break] = {}
     for name, held in state.held.items():
         fold = state.ledger[name]
-        if held.takeover and fold.traded_at:
+        disputed = next(
+            (each for each in state.reports if each.id == held.disputed and each.leg is name), None
+        )
+        if disputed is not None and disputed.size is not None:
+            found[name, BreakKind.SIZE] = Break(
+                ours=held.disputed_size, theirs=disputed.size, report_id=disputed.id
+            )
+        elif held.takeover and fold.traded_at:
             taken = held.takeover
             found[name, BreakKind.SIZE] = Break(
                 ours=taken.found, theirs=taken.size, report_id=taken.report_id, taken_over_at=taken.at
             )
-        elif held.disputed:
-            report = next(
-                (each for each in state.reports if each.id == held.disputed and each.leg is name), None
-            )
-            if report is not None and report.size is not None:
-                found[name, BreakKind.SIZE] = Break(
-                    ours=held.leg.size, theirs=report.size, report_id=report.id
-                )
         if fold.missing:
             found[name, BreakKind.OVER_REDUCTION] = Break(ours=fold.missing, theirs=ZERO)
     return found

@@ -79,6 +79,8 @@ class Held:
     takeover: Takeover | None = None
     disputed: str | None = None
     """Id of the newest report, where its size differs from ours and was not taken over."""
+    disputed_size: Decimal = ZERO
+    """What was held when it was disputed."""
     averaged: bool = False
     """Whether a reported average replaced the folded one."""
     basis: tuple[str, ...] = ()
@@ -198,11 +200,8 @@ def _advanced_leg(
     gone = known.difference(basis)
     if any(name.startswith("average") for name in gone) and held.averaged:
         return None
-    if (
-        any(name.startswith("size") for name in gone)
-        and held.disputed
-        and not any(claim.field == "size" for claim in new)
-    ):
+    lapsed = any(name.startswith("size") for name in gone)
+    if lapsed and not any(claim.field == "size" for claim in new):
         return None
     same = held.leg is before
     carried = replace(held, leg=leg) if same else _carried(held, own)
@@ -389,10 +388,10 @@ def _with_size(held: Held, fold: Leg, report: Report, before: Leg, policy: Polic
         size = -size
     if traded:
         if abs(size - held.leg.size) <= policy.size_threshold:
-            return replace(held, disputed=None)
+            return replace(held, disputed=None, disputed_size=ZERO)
         newer = fold.traded_at is None or report.at - fold.traded_at > policy.tolerance
         if not (policy.take_size and newer and report.time_source is TimeSource.EVENT):
-            return replace(held, disputed=report.id)
+            return replace(held, disputed=report.id, disputed_size=held.leg.size)
     elif not size and not before.size and not before.closed_at:
         return held
     average = _reported_average(report, size, fold)
@@ -412,7 +411,7 @@ def _with_size(held: Held, fold: Leg, report: Report, before: Leg, policy: Polic
         closed_at=None if size else before.closed_at or report.at,
     )
     taken = Takeover(report.id, report.at, size, average, held.leg.size)
-    return replace(held, leg=leg, takeover=taken, disputed=None, averaged=False)
+    return replace(held, leg=leg, takeover=taken, disputed=None, disputed_size=ZERO, averaged=False)
 
 
 def _reported_average(report: Report, size: Decimal, fold: Leg) -> Decimal | None:

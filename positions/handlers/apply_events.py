@@ -35,8 +35,11 @@ def apply_events(
     *,
     rules: Rules,
     now: datetime,
+    patient: bool = False,
 ) -> Outcome:
     """Apply ``events`` and keep ``refused``; all of it, or nothing if this raises.
+
+    However late something is, a ``patient`` caller has it folded, and its other positions wait.
 
     The order of locks is the same in every transaction (rows of new positions, ledger keys, positions,
     each sorted), so that batches that overlap wait for each other and never deadlock.
@@ -81,7 +84,7 @@ def apply_events(
         return outcome
     stored = positions.lock(connection, touched)
     with exact():
-        changed = _changes(connection, stored, new, told, rules=rules, outcome=outcome)
+        changed = _changes(connection, stored, new, told, rules=rules, outcome=outcome, patient=patient)
         outcome.counts["breaks"] += write_changes(
             connection, changed, stale_after=rules.price_stale_after, now=now
         )
@@ -96,6 +99,7 @@ def _changes(
     *,
     rules: Rules,
     outcome: Outcome,
+    patient: bool,
 ) -> list[Change]:
     """Fold what is new into each position; those where it is late are folded anew from the ledger."""
     by_position: defaultdict[PositionKey, list[Entry]] = defaultdict(list)
@@ -124,7 +128,7 @@ def _changes(
         else:
             state, point = due_point(ahead)
             folded[key] = state, [point] if point else []
-    folded |= refold(connection, late, policy=rules.policy, alone=len(stored) == 1)
+    folded |= refold(connection, late, policy=rules.policy, alone=patient or len(stored) == 1)
     outcome.counts["refolded"] += len(late)
     return [
         Change(

@@ -13,7 +13,7 @@ from positions.domain.orders import fills_of
 from positions.domain.position import refolded
 from positions.errors import NotFound
 from positions.handlers.write_changes import Change, Rules, write_changes
-from positions.storage import ledger, positions
+from positions.storage import fold_points, ledger, positions
 
 Differences = Mapping[str, tuple[object, object]]
 """Figures that differ: what is stored, and what the ledger folds to."""
@@ -28,7 +28,7 @@ def rebuild_position(
     """Return how the stored position differs from the fold of its whole ledger and its reports.
 
     To compare, the connection should see one moment (REPEATABLE READ); no lock is taken. To ``repair``,
-    the position is locked, and written anew where it differs.
+    the position is locked, its points are made anew, and it is written where it differs.
 
     Raises:
         NotFound: there is no such position.
@@ -47,7 +47,10 @@ def rebuild_position(
     differences = {name: (found[name], wanted[name]) for name in names if found[name] != wanted[name]}
     if not differences and stored.state.ledger != state.ledger:
         differences = {"state": (stored.state.ledger, state.ledger)}
+    if repair:
+        fold_points.delete_from(connection, {stored.id: ledger.BEGINNING})
+        fold_points.add(connection, [(stored.id, point) for point in points])
     if differences and repair:
-        change = Change(stored=stored, state=state, covers=0, source="validation", points=points)
+        change = Change(stored=stored, state=state, covers=0, source="validation")
         write_changes(connection, [change], stale_after=rules.price_stale_after, now=now)
     return differences

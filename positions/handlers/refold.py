@@ -62,8 +62,10 @@ def refold(
         whole = {entry.key: entry for entry in (*of_orders.get(key, ()), *entries.get(key, ()))}
         fills = [fill for fill in fills_of(whole.values()) if base is None or fill.order > base.order]
         folded[key] = refolded(each.state, fills, policy, base=base)
-        if fills:
-            changed[each.id] = fills[0].order
+        # A fill that was taken back may have stood before all that are left.
+        firsts = [order for order in (each.change, fills[0].order if fills else None) if order]
+        if firsts:
+            changed[each.id] = min(firsts)
         log.debug("position_refolded", asset=key.asset, mode=key.mode, fills=len(fills))
     # From here on they are made anew: a point after a late fill is wrong, one before an old report useless.
     fold_points.delete_from(connection, changed)

@@ -34,7 +34,7 @@ def replay_quarantine(
     decoded = decode(delivery, max_bytes=max_bytes, now=now)
     if decoded.refused:
         raise decoded.refused
-    outcome = apply_events(connection, decoded.events, [], rules=rules, now=now)
+    outcome = apply_events(connection, decoded.events, [], rules=rules, now=now, patient=True)
     if decoded.ignored:
         outcome.counts["ignored"] += 1
     quarantine.mark_replayed(connection, id_, now=now)

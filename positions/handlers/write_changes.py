@@ -98,6 +98,10 @@ def write_changes(
     return found_breaks
 
 
+def _taken_over(state: State) -> set[str]:
+    return {held.takeover.report_id for held in state.held.values() if held.takeover}
+
+
 def _keep_breaks(connection: Connection, changes: Sequence[Change], now: datetime) -> int:
     """Keep the breaks that came or changed, resolve those that are gone; return how many came or changed."""
     kept: list[breaks.Found] = []
@@ -107,7 +111,9 @@ def _keep_breaks(connection: Connection, changes: Sequence[Change], now: datetim
         if not before and not after:
             continue
         for (leg, kind), found in after.items():
-            if before.get((leg, kind)) != found:
+            # Back to what was taken over before a dispute: known, and ended, already.
+            told = found.taken_over_at is not None and found.report_id in _taken_over(change.stored.state)
+            if before.get((leg, kind)) != found and not told:
                 kept.append((change.stored.id, leg, kind, found))
                 log.warning(
                     "break_found",
@@ -119,7 +125,12 @@ def _keep_breaks(connection: Connection, changes: Sequence[Change], now: datetim
                     theirs=str(found.theirs),
                     taken_over=found.taken_over_at is not None,
                 )
-        gone += [(change.stored.id, leg, kind) for leg, kind in before if (leg, kind) not in after]
+        gone += [
+            (change.stored.id, leg, kind)
+            for (leg, kind), was in before.items()
+            if was.taken_over_at is None
+            and ((leg, kind) not in after or after[leg, kind].taken_over_at is not None)
+        ]
     breaks.keep(connection, kept, now=now)
     breaks.resolve(connection, gone, resolution="agrees", now=now)
     return len(kept)

@@ -104,7 +104,7 @@ def _held(held: Held, folded: Leg) -> dict[str, Any]:
     if held.venue_realized:
         data["venue_realized"] = plain(held.venue_realized)
     if held.disputed:
-        data["disputed"] = held.disputed
+        data["disputed"] = [held.disputed, plain(held.disputed_size)]
     if held.averaged:
         data["averaged"] = True
     if taken := held.takeover:
@@ -126,7 +126,8 @@ def _to_held(data: dict[str, Any], folded: Leg) -> Held:
             None if taken[3] is None else Decimal(taken[3]),
             Decimal(taken[4]),
         ),
-        disputed=data.get("disputed"),
+        disputed=data["disputed"][0] if "disputed" in data else None,
+        disputed_size=Decimal(data["disputed"][1]) if "disputed" in data else ZERO,
         averaged=data.get("averaged", False),
         basis=tuple(data["basis"]),
     )

@@ -28,7 +28,7 @@ _INSERT = f"""
     ON CONFLICT (key) DO NOTHING
     RETURNING key
 """
-_BEGINNING = FillOrder(datetime(1970, 1, 1, tzinfo=UTC), -1, "")
+BEGINNING = FillOrder(datetime(1970, 1, 1, tzinfo=UTC), -1, "")
 _SELECT = f"SELECT p.asset, p.mode, {', '.join('l.' + name for name in _COLUMNS.split(', '))}"
 _OF_ORDERS = f"""
     {_SELECT} FROM ledger l JOIN positions p ON p.id = l.position_id
@@ -87,7 +87,7 @@ def after(
     """
     if not starts:
         return {}
-    orders = [start or _BEGINNING for start in starts.values()]
+    orders = [start or BEGINNING for start in starts.values()]
     return _by_position(
         connection.exec_driver_sql(
             _AFTER,

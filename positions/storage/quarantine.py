@@ -121,6 +121,15 @@ def newest(
     return [_kept(row) for row in rows]
 
 
+def waiting(connection: Connection) -> list[int]:
+    """Return the ids of all messages that were not replayed yet, the oldest first."""
+    return list(
+        connection.exec_driver_sql(
+            "SELECT id FROM quarantine WHERE replayed_at IS NULL ORDER BY id"
+        ).scalars()
+    )
+
+
 def find(connection: Connection, id_: int) -> Kept:
     """Return one message, locked: it is replayed once at a time.
 

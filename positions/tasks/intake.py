@@ -198,6 +198,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
     def _reset(self) -> None:
         """Forget everything that belongs to a channel: its delivery tags die with it."""
         self.settlement = None
+        self._stopping = False
         self._tags: list[Any] = []
         self._messages: list[RawMessage] = []
         self._bytes = 0
@@ -235,10 +236,14 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         """Stop consuming; in a clean shutdown, wait for the batches that were handed over."""
         settlement = self.settlement
         if settlement is not None and c.connection is not None and c.blueprint.state == bootsteps.CLOSE:
+            # What comes while the broker is told, and what is not begun, stays unacknowledged and goes back.
+            self._stopping = True
             for queue in self.settings.queues:
                 settlement.channel.basic_cancel(f"intake.{c.hostname}.{queue}")
+            begun = len(self._in_flight)
             self._drain()
             settlement.finish()
+            log.info("intake_stopped", drained=begun - len(self._in_flight), left=len(self._in_flight))
         self._reset()
 
     def shutdown(self, c: Any) -> None:
@@ -289,7 +294,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
 
     def _received(self, queue: str, message: Any) -> None:
         """Take one raw message in."""
-        if self.settlement is None:
+        if self.settlement is None or self._stopping:
             return
         body = message.body if isinstance(message.body, bytes) else str(message.body or "").encode()
         properties = dict(message.properties)
@@ -322,7 +327,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
     def _hand_over(self) -> None:
         """Give batches to the pool, one for each of its processes; what comes meanwhile fills the next."""
         capacity = self._capacity(self._consumer)
-        while len(self._in_flight) < capacity:
+        while not self._stopping and len(self._in_flight) < capacity:
             if self._ready:
                 batch = self._ready.popleft()
             elif self._messages and (
@@ -352,8 +357,6 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         Without this, a warm shutdown would leave a batch half written to a child's pipe, with worker and
         child waiting for each other for ever.
         """
-        self._messages.clear()
-        self._ready.clear()
         deadline = time.monotonic() + DRAIN_S
         while self._in_flight and self._hub is not None and time.monotonic() < deadline:
             self._hub.call_later(0.1, lambda: None)  # so that the loop comes back

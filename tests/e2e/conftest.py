@@ -35,19 +35,19 @@ class Service:
         assert wait_until(shows, limit_s=30), found
         return found
 
-    def received(self, queue: str, number: int = 1) -> list[Any]:
-        """Return messages that a neighbour takes from a published queue."""
+    def received(self, queue: str, trace_id: str) -> Any:
+        """Return the message of ``trace_id`` that a neighbour takes from a published queue."""
         taken: list[Any] = []
         with closing(channel_of(self.broker)) as connection, closing(connection.channel()) as channel:
 
             def take() -> bool:
-                message = channel.basic_get(queue, no_ack=True)
-                if message is not None:
-                    taken.append(message)
-                return len(taken) >= number
+                while (message := channel.basic_get(queue, no_ack=True)) is not None:
+                    if message.properties["application_headers"]["trace_id"] == trace_id:
+                        taken.append(message)
+                return bool(taken)
 
-            assert wait_until(take, limit_s=30), taken
-        return taken
+            assert wait_until(take, limit_s=30)
+        return taken[0]
 
 
 @pytest.fixture(scope="session")

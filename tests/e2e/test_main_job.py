@@ -39,7 +39,7 @@ def test_an_exchange_report_becomes_a_position_and_an_event(service: Service) ->
     assert found["mode"] == "one-way"
     assert found["unrealized_pnl_pct"] == "0.2"
     assert found["version"] == 1
-    (message,) = service.received("position-manager.position_updated")
+    message = service.received("position-manager.position_updated", "test-trace-001")
     body = json.loads(message.body)
     assert body["event_type"] == message.properties["type"] == "position_updated"
     assert body["trace_id"] == message.properties["application_headers"]["trace_id"] == "test-trace-001"

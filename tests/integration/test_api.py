@@ -596,7 +596,7 @@ def test_database_without_our_tables_is_none(make_app: Make, postgres: PostgreSQ
     response = client.get("/health")
     assert response.status_code == 503
     assert response.get_json()["status"] == "unhealthy"
-    _problem(client.get("/api/v1/portfolio"), 500, "internal_error")
+    _problem(client.get("/api/v1/portfolio"), 503, "unavailable")
 
 
 # --- gunicorn

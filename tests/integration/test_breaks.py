@@ -52,6 +52,20 @@ def test_a_disputed_size_stays_open_until_the_venue_agrees(engine: Engine) -> No
     assert found["resolution"] == "agrees"
 
 
+def test_a_dispute_after_a_takeover_is_a_break_of_its_own(engine: Engine) -> None:
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100", number=0)])
+    apply(engine, [report(10, "5")])
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100", number=20)])
+    apply(engine, [report(20, "50")])
+    taken, disputed = kept(engine)
+    assert (taken["resolution"], disputed["resolved_at"]) == ("taken_over", None)
+    assert (disputed["ours"], disputed["theirs"]) == (6, 50)
+    apply(engine, [execution("BTCUSDT", "Buy", "7", "100", number=30)])
+    assert kept(engine) == [taken, disputed]
+    apply(engine, [report(40, "13")])
+    assert [each["resolution"] for each in kept(engine)] == ["taken_over", "agrees"]
+
+
 def test_a_missing_hedge_fill_is_a_break_until_it_arrives(engine: Engine) -> None:
     fills = [
         execution("BTCUSDT", side, quantity, "100", number=number, position_idx=1)

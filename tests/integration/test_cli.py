@@ -83,6 +83,16 @@ def test_a_message_that_is_refused_again_stays(engine: Engine, run: Any) -> None
     assert [key.asset for key in stored(engine)] == ["ETHUSDT"]
 
 
+def test_a_message_the_database_refuses_does_not_end_a_replay(engine: Engine, run: Any) -> None:
+    for number in range(2):
+        refuse(engine, execution("BTCUSDT", "Buy", "9" * 20, "1", number=number))
+    refuse(engine, execution("ETHUSDT", "Buy", "1", "100"))
+    result = run("quarantine", "replay", "--all")
+    assert result.exit_code == 1
+    assert "numeric field overflow" in result.output
+    assert {key.asset for key in stored(engine)} == {"BTCUSDT", "ETHUSDT"}
+
+
 def test_rebuild_finds_and_repairs_a_position_that_was_tampered_with(engine: Engine, run: Any) -> None:
     apply(engine, [execution("BTCUSDT", "Buy", "1", "100"), execution("ETHUSDT", "Buy", "1", "100")])
     clean = run("rebuild")
@@ -93,11 +103,8 @@ def test_rebuild_finds_and_repairs_a_position_that_was_tampered_with(engine: Eng
     found = run("rebuild", "--asset", "btcusdt", "--json")
     assert found.exit_code == 1
     row = json.loads(found.stdout)
-    assert (row["figure"], row["stored"], row["folded"]) == (
-        "size",
-        "7.000000000000000000",
-        "1.000000000000000000",
-    )
+    assert (row["figure"], row["stored"], row["folded"]) == ("size", "7", "1")
     assert run("rebuild", "--repair").exit_code == 1
     assert stored(engine)[BTC]["size"] == 1
     assert run("rebuild").exit_code == 0
+    assert run("rebuild", "--asset", "NOSUCH").exit_code == 1

@@ -66,6 +66,24 @@ def test_late_fills_are_folded_from_points_to_the_same_digits(
     assert_positions_are_the_fold_of_the_ledger(engine)
 
 
+def test_a_point_goes_with_the_fills_that_were_taken_back(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An execution that takes the place of many implied fills takes the points among them along."""
+    monkeypatch.setattr(position, "POINT_EVERY", 5)
+    for filled in range(1, 21):
+        order = {"order_id": "A", "asset": "BTCUSDT", "side": "Buy", "filled_quantity": filled}
+        at = f"2025-01-15T10:00:{filled:02}Z"
+        figures_ = {"average_price": 100, "fees": 0, "executed_at": at}
+        apply(engine, [{"event_type": "partially_filled", "event_id": at, "order": {**order, **figures_}}])
+    whole = execution("BTCUSDT", "Buy", "20", "100", number=100, order_id="A")
+    apply(engine, [whole])
+    assert stored(engine)[BTC]["size"] == 20
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100", number=50)])
+    assert stored(engine)[BTC]["size"] == 21
+    assert_positions_are_the_fold_of_the_ledger(engine)
+
+
 def test_a_deep_refold_waits_for_its_own_transaction(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     messages = fills(60)
     apply(engine, messages[1:])

@@ -137,7 +137,10 @@ def test_a_second_relay_takes_over(engine: Engine, database_url: str, broker_url
         assert wait_until(lambda: left(engine) == 0, limit_s=30)
         with relay(database_url, broker_url):
             with engine.connect() as connection:
-                session = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted"
+                session = (
+                    "SELECT pid FROM pg_locks JOIN pg_database ON pg_database.oid = database"
+                    " WHERE locktype = 'advisory' AND granted AND datname = current_database()"
+                )
                 working = connection.exec_driver_sql(session).scalar_one()
                 connection.exec_driver_sql("SELECT pg_terminate_backend(%(pid)s)", {"pid": working})
             write(engine, 10, 500)

@@ -149,7 +149,8 @@ class Keeper:
             ]
             self.from_points += base is not None
             ahead, points = refolded(state, fills, self.policy, base=base)
-            kept = [each for each in self.points if not fills or each.order < fills[0].order]
+            firsts = [order for order in (change, fills[0].order if fills else None) if order]
+            kept = [each for each in self.points if not firsts or each.order < min(firsts)]
             self.points = kept + points
         self.points = [
             codec.decode_point(each.order, json.loads(json.dumps(codec.encode_point(each))))

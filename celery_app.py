@@ -14,7 +14,7 @@ from positions import log_config
 from positions.settings import load
 from positions.storage.broker import transport_options
 from positions.tasks import resources
-from positions.tasks.intake import Intake, guard_properties
+from positions.tasks.intake import Drain, Intake, guard_properties
 
 settings = load()
 resources.use(resources.Resources(settings))
@@ -70,6 +70,7 @@ app.conf.update(
     },
 )
 app.steps["consumer"].add(Intake)
+app.steps["worker"].add(Drain)
 guard_properties()
 
 

@@ -31,6 +31,7 @@ from amqp import serialization
 from amqp.exceptions import FrameSyntaxError
 from celery import bootsteps
 from celery.exceptions import TimeLimitExceeded
+from celery.worker import state
 from celery.worker.request import Request
 from kombu.utils.uuid import uuid
 
@@ -194,6 +195,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self._consumer = consumer
         self._hub: Any = None
         self._reset()
+        consumer.intake = self
 
     def _reset(self) -> None:
         """Forget everything that belongs to a channel: its delivery tags die with it."""
@@ -232,22 +234,25 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
             )
         log.info("intake_started", queues=self.settings.queues, batch_size=self.settings.batch_size)
 
-    def stop(self, c: Any) -> None:
-        """Stop consuming; in a clean shutdown, wait for the batches that were handed over."""
-        settlement = self.settlement
-        if settlement is not None and c.connection is not None and c.blueprint.state == bootsteps.CLOSE:
-            # What comes while the broker is told, and what is not begun, stays unacknowledged and goes back.
-            self._stopping = True
-            for queue in self.settings.queues:
-                settlement.channel.basic_cancel(f"intake.{c.hostname}.{queue}")
-            begun = len(self._in_flight)
-            self._drain()
-            settlement.finish()
-            log.info("intake_stopped", drained=begun - len(self._in_flight), left=len(self._in_flight))
-        self._reset()
+    def drain(self) -> None:
+        """Stop consuming, and wait for the batches that were handed over."""
+        settlement, c = self.settlement, self._consumer
+        if settlement is None or c.connection is None:
+            return
+        # What comes while the broker is told, and what is not begun, stays unacknowledged and goes back.
+        self._stopping = True
+        for queue in self.settings.queues:
+            settlement.channel.basic_cancel(f"intake.{c.hostname}.{queue}")
+        begun = len(self._in_flight)
+        deadline = time.monotonic() + DRAIN_S
+        while self._in_flight and self._hub is not None and time.monotonic() < deadline:
+            self._hub.call_later(0.1, lambda: None)  # so that the loop comes back
+            self._hub.run_once()
+        settlement.finish()
+        log.info("intake_drained", batches=begun - len(self._in_flight), left=len(self._in_flight))
 
-    def shutdown(self, c: Any) -> None:
-        """Forget the channel: it goes with the connection, and what is open on it back to its queue."""
+    def stop(self, c: Any) -> None:
+        """Forget the channel: its connection was lost, or is about to be closed."""
         del c
         self._reset()
 
@@ -351,17 +356,6 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self._bytes -= size
         return batch
 
-    def _drain(self) -> None:
-        """Run the event loop until every batch the pool has begun is settled.
-
-        Without this, a warm shutdown would leave a batch half written to a child's pipe, with worker and
-        child waiting for each other for ever.
-        """
-        deadline = time.monotonic() + DRAIN_S
-        while self._in_flight and self._hub is not None and time.monotonic() < deadline:
-            self._hub.call_later(0.1, lambda: None)  # so that the loop comes back
-            self._hub.run_once()
-
     def _capacity(self, c: Any) -> int:
         return int(getattr(c.pool, "num_processes", None) or c.controller.concurrency or 1)
 
@@ -383,6 +377,19 @@ def guard_properties() -> None:
         return result
 
     serialization.PROPERTY_CLASSES[BASIC_CLASS] = read_or_none
+
+
+class Drain(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no types
+    """Lets the intake finish before a clean shutdown of the worker touches the pool.
+
+    Once the consumer stops, Celery forgets every job that no process has said to have begun: one that was
+    just handed over would be done, and its messages not acknowledged. A batch left half written to a process's
+    pipe would have worker and process wait for each other for ever.
+    """
+
+    def close(self, w: Any) -> None:
+        if not state.should_terminate and (intake := getattr(w.consumer, "intake", None)):
+            intake.drain()
 
 
 def _reason(failure: BaseException | None) -> str:

@@ -234,6 +234,7 @@ def test_a_clean_stop_under_load_hands_back_what_it_has_not_begun(
     with worker(env, tmp_path) as running:
         await_ledger(engine, 500)
         assert running.terminate() == 0
+        assert running.logged("intake_drained") == 1
     done = count(engine, ledger)
     # Everything that was committed was acknowledged too: the rest, exactly, is in the queue.
     assert waiting(queues) == len(messages) - done

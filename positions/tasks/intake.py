@@ -383,8 +383,8 @@ class Drain(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no type
     """Lets the intake finish before a clean shutdown of the worker touches the pool.
 
     Once the consumer stops, Celery forgets every job that no process has said to have begun: one that was
-    just handed over would be done, and its messages not acknowledged. A batch left half written to a process's
-    pipe would have worker and process wait for each other for ever.
+    just handed over would be done, and its messages not acknowledged. A batch left half written to the
+    pipe of a process would have worker and process wait for each other for ever.
     """
 
     def close(self, w: Any) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from positions.domain.events import LegName, Mode, PositionKey, Report, TimeSource
 from positions.domain.leg import Fill, FillOrder, Leg
 from positions.domain.numbers import ZERO, proportion, quotient
-from positions.domain.reports import Field, merged, newest, sized
+from positions.domain.reports import Field, deciding, newest, sized
 
 LEGS: Mapping[Mode, tuple[LegName, ...]] = {
     Mode.ONE_WAY: (LegName.NET,),
@@ -83,6 +83,8 @@ class Held:
     """What was held when it was disputed."""
     averaged: bool = False
     """Whether a reported average replaced the folded one."""
+    refused: tuple[str, ...] = ()
+    """Ids of the reports whose size may not overrule, for they are no newer than a fill."""
     basis: tuple[str, ...] = ()
     """The claims it was settled on: field and id of each report that decided."""
 
@@ -135,17 +137,34 @@ def empty(key: PositionKey) -> State:
 
 
 def with_report(state: State, report: Report) -> State:
-    """Return ``state`` with ``report`` merged in; ``state`` itself where it tells nothing new.
+    """Return ``state`` with ``report`` known; ``state`` itself where it was.
 
-    What the legs make of it is for `advanced` or `refolded` to say.
+    What the legs make of it, and which reports are worth knowing then, is for `advanced` or `refolded` to
+    say.
     """
-    mine = tuple(each for each in state.reports if each.leg is report.leg)
-    takeover = state.held[report.leg].takeover
-    updated = merged(mine, report, in_effect=takeover.report_id if takeover else None)
-    if updated is mine:
+    if any(each.id == report.id and each.leg is report.leg for each in state.reports):
         return state
-    others = tuple(each for each in state.reports if each.leg is not report.leg)
-    return replace(state, reports=others + updated)
+    return replace(state, reports=(*state.reports, report))
+
+
+def _pruned(state: State) -> State:
+    """Return ``state`` without the reports that can decide nothing any more."""
+    held = dict(state.held)
+    kept: set[tuple[LegName, str]] = set()
+    for name, each in state.held.items():
+        reports = _of(state, name)
+        in_effect = each.takeover.report_id if each.takeover else None
+        own = deciding(reports, in_effect=in_effect, refused=each.refused)
+        kept.update((name, report.id) for report in own)
+        if len(own) < len(reports):
+            ids = {report.id for report in own}
+            claims = _claims(own, traded=state.ledger[name].traded_at is not None)
+            refused = tuple(id_ for id_ in each.refused if id_ in ids)
+            held[name] = replace(each, basis=_basis(claims), refused=refused)
+    if len(kept) == len(state.reports):
+        return state
+    reports_ = tuple(report for report in state.reports if (report.leg, report.id) in kept)
+    return replace(state, held=held, reports=reports_)
 
 
 def advanced(state: State, fills: Sequence[Fill], policy: Policy) -> State | None:
@@ -164,10 +183,10 @@ def advanced(state: State, fills: Sequence[Fill], policy: Policy) -> State | Non
         if settled is None:
             return None
         ledger[name], held[name] = leg, settled
-    if not fills:
-        return replace(state, ledger=ledger, held=held)
-    since = state.since_point + len(fills)
-    return replace(state, ledger=ledger, held=held, last=fills[-1].order, since_point=since)
+    if fills:
+        since = state.since_point + len(fills)
+        state = replace(state, last=fills[-1].order, since_point=since)
+    return _pruned(replace(state, ledger=ledger, held=held))
 
 
 def _advanced_leg(
@@ -294,7 +313,8 @@ def refolded(
         overrule(name, None)
     last = fills[-1].order if fills else base.order if base else None
     since = len(fills) % POINT_EVERY
-    return replace(state, ledger=ledger, held=held, last=last, since_point=since), points
+    state = replace(state, ledger=ledger, held=held, last=last, since_point=since)
+    return _pruned(state), points
 
 
 _STEPS: Mapping[Field, int] = {"size": 0, "average": 1, "realized": 2}
@@ -387,10 +407,13 @@ def _with_size(held: Held, fold: Leg, report: Report, before: Leg, policy: Polic
     if not report.sided and fold.size < 0:
         size = -size
     if traded:
+        newer = fold.traded_at is None or report.at - fold.traded_at > policy.tolerance
+        able = policy.take_size and newer and report.time_source is TimeSource.EVENT
+        if not able and report.id not in held.refused:
+            held = replace(held, refused=(*held.refused, report.id))
         if abs(size - held.leg.size) <= policy.size_threshold:
             return replace(held, disputed=None, disputed_size=ZERO)
-        newer = fold.traded_at is None or report.at - fold.traded_at > policy.tolerance
-        if not (policy.take_size and newer and report.time_source is TimeSource.EVENT):
+        if not able:
             return replace(held, disputed=report.id, disputed_size=held.leg.size)
     elif not size and not before.size and not before.closed_at:
         return held

@@ -1,6 +1,6 @@
 """The newest exchange reports of a leg: last writer wins, field by field, whatever the arrival order."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 from positions.domain.events import Report, TimeSource
@@ -45,25 +45,23 @@ def sized(reports: Iterable[Report]) -> list[Report]:
     return sorted(own, key=lambda each: (each.at, -1 if each.seq is None else each.seq, each.id))
 
 
-def merged(known: tuple[Report, ...], new: Report, *, in_effect: str | None = None) -> tuple[Report, ...]:
-    """Return ``known`` with ``new``, without the reports that can decide nothing any more.
+def deciding(
+    reports: Sequence[Report], *, in_effect: str | None, refused: Collection[str]
+) -> tuple[Report, ...]:
+    """Return those of a leg's ``reports`` that decide something, or may yet.
 
-    Returns ``known`` itself where ``new`` is a duplicate, or stale in every field. Beside the winners of each
-    field stay the report ``in_effect`` (by id), whose size was taken over, and the `SIZED_KEPT` newest of a
-    size: one of them decides where a newer one turns out to be no newer than a fill.
+    Beside the winners of each field stay the report ``in_effect`` (by id), whose size was taken over, and the
+    `SIZED_KEPT` newest of a size: one of them decides where a newer one turns out to be no newer than a fill.
+    Those ``refused`` for that are not counted: fills are never taken away, so they will not decide any more.
     """
-    if any(report.id == new.id for report in known):
-        return known
-    candidates = (*known, new)
     groups = [
-        [report for report in candidates if report.seq is not None],
-        [report for report in candidates if report.seq is None],
+        [report for report in reports if report.seq is not None],
+        [report for report in reports if report.seq is None],
     ]
     kept = {winner.id for group in groups for field in FIELDS if (winner := newest(group, field))}
-    kept.update(report.id for report in sized(candidates)[-SIZED_KEPT:])
-    if new.id not in kept:
-        return known
-    return tuple(report for report in candidates if report.id in kept or report.id == in_effect)
+    able = [report for report in sized(reports) if report.id not in refused]
+    kept.update(report.id for report in able[-SIZED_KEPT:])
+    return tuple(report for report in reports if report.id in kept or report.id == in_effect)
 
 
 def stale(reports: Iterable[Report], new: Report) -> bool:

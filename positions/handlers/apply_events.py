@@ -143,6 +143,8 @@ def _changes(
             points=points,
         )
         for key, (state, points) in sorted(folded.items(), key=lambda item: item[0])
+        # Where all that came was stale, there is nothing to write or to tell.
+        if by_position[key] or not stored[key].version or state != stored[key].state
     ]
 
 
@@ -168,13 +170,13 @@ def _with_reports(state: State, reports: Sequence[Report], outcome: Outcome) -> 
     fresh: list[Event] = []
     for report in reports:
         updated = with_report(state, report)
-        if updated is not state:
+        if updated is state:
+            outcome.counts["duplicate"] += 1
+        else:
             # An older report may be kept for what it says of the size, and is stale all the same.
             outcome.counts["stale" if stale(state.reports, report) else "applied"] += 1
             fresh.append(report)
             state = updated
-        else:
-            outcome.counts["stale"] += 1
     return state, fresh
 
 

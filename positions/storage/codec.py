@@ -107,6 +107,8 @@ def _held(held: Held, folded: Leg) -> dict[str, Any]:
         data["disputed"] = [held.disputed, plain(held.disputed_size)]
     if held.averaged:
         data["averaged"] = True
+    if held.refused:
+        data["refused"] = held.refused
     if taken := held.takeover:
         average = None if taken.average is None else plain(taken.average)
         data["takeover"] = [taken.report_id, _time(taken.at), plain(taken.size), average, plain(taken.found)]
@@ -129,6 +131,7 @@ def _to_held(data: dict[str, Any], folded: Leg) -> Held:
         disputed=data["disputed"][0] if "disputed" in data else None,
         disputed_size=Decimal(data["disputed"][1]) if "disputed" in data else ZERO,
         averaged=data.get("averaged", False),
+        refused=tuple(data.get("refused", ())),
         basis=tuple(data["basis"]),
     )
 

@@ -7,6 +7,8 @@ from decimal import Decimal
 from itertools import permutations
 from typing import Any
 
+import pytest
+
 from positions.domain.events import Entry, Kind, LegName, Mode, PositionKey, Report, TimeSource
 from positions.domain.figures import Figures, figures
 from positions.domain.numbers import exact
@@ -256,3 +258,17 @@ def test_an_order_report_that_does_not_tell_the_fee_refunds_none() -> None:
     last = replace(order_report("1.0", "107", 2), fee=None)
     _, found = kept(first, last)
     assert found.fees_paid == Decimal("0.03")
+
+
+@pytest.mark.parametrize("pairs", [3, 4, 8])
+def test_an_opening_report_is_kept_however_many_may_not_overrule_after_it(pairs: int) -> None:
+    policy = Policy(take_average=False)
+    events: list[Entry | Report] = [report(1, size="10", average="50")]
+    for number in range(pairs):
+        events += [
+            fill("1", "100", 2 + number),
+            report(2 + number, size=str(11 + number), average="1"),
+        ]
+    assert kept(*events, policy=policy)[1].size == 10 + pairs
+    late = [*events[1:], events[0]]
+    assert kept(*late, policy=policy)[1].size == 10 + pairs

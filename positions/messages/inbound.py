@@ -326,15 +326,6 @@ def _quoted(value: Any) -> str:
     return repr(value if len(str(value)) <= 40 else f"{str(value)[:40]}...")
 
 
-def _must(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def required(value: Any) -> Any:
-        if value is None:
-            raise ValueError("missing")
-        return check(value)
-
-    return required
-
-
 class _Wire(BaseModel):
     """A record of the wire: fields are given by name, validated here, and wrong ones named."""
 
@@ -350,7 +341,6 @@ class _Wire(BaseModel):
 
 
 Amount = Annotated[Decimal | None, BeforeValidator(_amount)]
-Required = Annotated[Decimal, BeforeValidator(_must(_amount))]
 Time = Annotated[datetime | None, BeforeValidator(_moment)]
 Asset = Annotated[str, BeforeValidator(_asset)]
 Text = Annotated[str | None, BeforeValidator(_text)]

@@ -150,7 +150,8 @@ class Settlement:
         self._settled: dict[Any, bool] = {}
 
     def opened(self, tag: Any) -> None:
-        self._open.append(tag)
+        if self._multiple:
+            self._open.append(tag)
 
     def acknowledge(self, tags: Sequence[Any]) -> None:
         if not self._multiple:
@@ -301,7 +302,11 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         """Take one raw message in."""
         if self.settlement is None or self._stopping:
             return
-        body = message.body if isinstance(message.body, bytes) else str(message.body or "").encode()
+        body = (
+            message.body
+            if isinstance(message.body, bytes)
+            else str(message.body or "").encode(errors="surrogatepass")
+        )
         properties = dict(message.properties)
         headers = properties.pop("application_headers", None) or getattr(message, "headers", None) or {}
         self.settlement.opened(message.delivery_tag)

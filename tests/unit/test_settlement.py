@@ -63,3 +63,15 @@ def test_batches_in_order_take_one_frame_each() -> None:
     settlement.acknowledge(range(1, 201))
     settlement.acknowledge(range(201, 401))
     assert channel.frames == 2
+
+
+def test_where_each_delivery_has_a_frame_of_its_own_none_is_remembered() -> None:
+    channel = Channel(range(1, 101))
+    settlement = Settlement(channel, multiple=False)
+    for tag in range(1, 101):
+        settlement.opened(tag)
+    settlement.acknowledge(range(1, 51))
+    settlement.give_back(range(51, 101))
+    assert (channel.frames, channel.open) == (50, set())
+    assert not settlement._open
+    assert not settlement._settled

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from random import Random
 from typing import Any
 from uuid import uuid4
 
@@ -32,24 +31,10 @@ from tests.integration.support import (
     EXECUTION_QUEUE,
     assert_positions_are_the_fold_of_the_ledger,
     channel_of,
-    execution,
+    executions,
     publish,
 )
 from tests.services import PostgreSQL, RabbitMQ, Redis, wait_until
-
-
-def executions(number: int, assets: int) -> list[dict[str, Any]]:
-    random = Random(1)
-    return [
-        execution(
-            f"A{each % assets}USDT",
-            random.choice(["Buy", "Sell"]),
-            str(random.randint(1, 900) / 1000),
-            str(random.randint(1000, 9000) / 100),
-            number=each,
-        )
-        for each in range(number)
-    ]
 
 
 def as_raw_messages(url: str, messages: list[dict[str, Any]]) -> None:

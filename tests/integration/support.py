@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from random import Random
 from typing import Any
 
 import amqp
@@ -47,6 +48,21 @@ def execution(asset: str, side: str, quantity: str, price: str, **fields: Any) -
         "trace_id": f"trace-{asset}-{number}",
         **fields,
     }
+
+
+def executions(number: int, assets: int = 40, seed: int = 1) -> list[dict[str, Any]]:
+    """Return `order_executed` messages of random trades, in the order of their times."""
+    random = Random(seed)
+    return [
+        execution(
+            f"A{random.randrange(assets)}USDT",
+            random.choice(["Buy", "Sell"]),
+            str(random.randint(1, 900) / 1000),
+            str(random.randint(1000, 9000) / 100),
+            number=each,
+        )
+        for each in range(number)
+    ]
 
 
 def events_of(messages: Iterable[dict[str, Any] | bytes]) -> list[Event]:

@@ -29,6 +29,7 @@ from tests.integration.support import (
     assert_positions_are_the_fold_of_the_ledger,
     channel_of,
     execution,
+    executions,
     publish,
 )
 from tests.services import PostgreSQL, RabbitMQ, wait_until
@@ -48,20 +49,6 @@ def queues(broker_url: str) -> str:
         for queue in (EXECUTION_QUEUE, ORDER_QUEUE):
             channel.queue_declare(queue, durable=True, auto_delete=False)
     return broker_url
-
-
-def executions(number: int, assets: int = 40, seed: int = 1) -> list[dict[str, Any]]:
-    random = Random(seed)
-    return [
-        execution(
-            f"A{random.randrange(assets)}USDT",
-            random.choice(["Buy", "Sell"]),
-            str(random.randint(1, 900) / 1000),
-            str(random.randint(1000, 9000) / 100),
-            number=each,
-        )
-        for each in range(number)
-    ]
 
 
 def shuffled_with_duplicates(

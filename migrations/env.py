@@ -19,7 +19,13 @@ def run() -> None:
         )
         connection.commit()
         context.configure(
-            connection=connection, target_metadata=metadata, transaction_per_migration=True, compare_type=True
+            connection=connection,
+            target_metadata=metadata,
+            transaction_per_migration=True,
+            compare_type=True,
+            include_name=lambda name, kind, _: (
+                kind != "table" or not str(name).startswith("position_snapshots_")
+            ),
         )
         with context.begin_transaction():
             context.run_migrations()

@@ -53,6 +53,28 @@ class Settings(BaseModel):
         validation_alias=_env("API_KEY"),
         description="The one key of the older service; role `operate`.",
     )
+    api_keys: SecretStr | None = Field(
+        None,
+        validation_alias=_env("API_KEYS"),
+        description="Further keys, as JSON or as the path of a file that holds it: a list of objects with"
+        " `name`, `hash` (SHA-256 of the key, hex), and optionally `role`, `tier` and `expires`.",
+    )
+    rate_limit_enabled: bool = Field(True, validation_alias=_env("RATE_LIMIT_ENABLED"))
+    rate_limit_default: int = Field(
+        100, validation_alias=_env("RATE_LIMIT_DEFAULT"), ge=1, le=1_000_000, description="Requests a minute."
+    )
+    rate_limit_overrides: SecretStr | None = Field(
+        None,
+        validation_alias=_env("RATE_LIMIT_OVERRIDES"),
+        description="Requests a minute of single keys: `key-or-name:limit,...`.",
+    )
+    trusted_proxies: int = Field(
+        0,
+        validation_alias=_env("TRUSTED_PROXIES"),
+        ge=0,
+        le=10,
+        description="How many proxies before the REST API write `X-Forwarded-For`.",
+    )
 
     # --- where the three servers are
     database_url: SecretStr | None = Field(None, validation_alias=_env("DATABASE_URL"))
@@ -137,6 +159,14 @@ class Settings(BaseModel):
     )
     portfolio_update_interval: Decimal = Field(
         Decimal(1), validation_alias=_env("PORTFOLIO_UPDATE_INTERVAL"), ge=Decimal("0.1"), le=86_400
+    )
+
+    metrics_cache_ttl: int = Field(
+        10,
+        validation_alias=_env("METRICS_CACHE_TTL"),
+        ge=1,
+        le=3600,
+        description="Longest time, in seconds, that the portfolio's figures are served from the cache.",
     )
 
     # --- serving

@@ -83,6 +83,8 @@ class Entry:
     order_id: str | None = None
     exec_type: str = "Trade"
     trace_id: str = ""
+    size_after: Decimal | None = None
+    """Of an adjustment: the signed size of the leg that it took over."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -203,6 +203,7 @@ def _adjustments(key: PositionKey, stored: Stored, after: State) -> list[Entry]:
                 executed_at=taken.at,
                 time_source=TimeSource.EVENT,
                 exec_type="Takeover",
+                size_after=taken.size,
             )
         )
     return made

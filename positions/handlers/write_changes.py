@@ -15,7 +15,7 @@ from positions.domain.numbers import exact
 from positions.domain.position import Point, Policy, State
 from positions.messages.outbound import PositionView
 from positions.messages.published import POSITION_UPDATED, position_updated
-from positions.storage import breaks, fold_points, ledger, outbox, positions
+from positions.storage import breaks, fold_points, ledger, outbox, portfolio, positions
 from positions.storage.portfolio import GROSS_EXPOSURE
 from positions.storage.positions import Stored
 
@@ -95,6 +95,7 @@ def write_changes(
             trace_id=trace_id,
         )
     outbox.add(connection, messages)
+    portfolio.advance(connection)
     return found_breaks
 
 

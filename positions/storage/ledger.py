@@ -11,7 +11,8 @@ from positions.domain.events import Entry, Kind, LegName, PositionKey, TimeSourc
 from positions.domain.leg import FillOrder
 
 _COLUMNS = (
-    "key, kind, leg, quantity, price, fee, executed_at, time_source, venue_seq, order_id, exec_type, trace_id"
+    "key, kind, leg, quantity, price, fee, executed_at, time_source, venue_seq, order_id, exec_type,"
+    " trace_id, size_after"
 )
 # Sorted by key: two workers that insert the same entries wait for each other in the same order.
 _INSERT = f"""
@@ -21,7 +22,7 @@ _INSERT = f"""
         %(asset)s::text[], %(mode)s::text[], %(key)s::text[], %(kind)s::text[], %(leg)s::text[],
         %(quantity)s::numeric[], %(price)s::numeric[], %(fee)s::numeric[], %(executed_at)s::timestamptz[],
         %(time_source)s::text[], %(venue_seq)s::bigint[], %(order_id)s::text[], %(exec_type)s::text[],
-        %(trace_id)s::text[]
+        %(trace_id)s::text[], %(size_after)s::numeric[]
     ) AS v (asset, mode, {_COLUMNS})
     JOIN positions p ON p.asset = v.asset AND p.mode = v.mode
     ORDER BY v.key
@@ -125,4 +126,5 @@ def _entry(row: Any) -> Entry:
         order_id=row.order_id,
         exec_type=row.exec_type,
         trace_id=row.trace_id,
+        size_after=row.size_after,
     )

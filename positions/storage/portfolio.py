@@ -65,9 +65,24 @@ def sums_by_asset(connection: Connection, *, stale_before: datetime) -> Sequence
     return connection.execute(_SUMS, {"stale_before": stale_before}).mappings().all()
 
 
+def advance(connection: Connection) -> None:
+    """Say that positions changed in this transaction. To be the last lock that it takes."""
+    connection.exec_driver_sql(
+        "UPDATE portfolio_versions SET value = value + 1 WHERE shard = (pg_backend_pid() & 15)"
+    )
+
+
+def version(connection: Connection) -> int:
+    """Return the portfolio's version: it grows with every committed change of any position."""
+    found: int = connection.exec_driver_sql(VERSION).scalar_one()
+    return found
+
+
+VERSION = "SELECT sum(value)::bigint FROM portfolio_versions"
+
 _CLAIM = """
     INSERT INTO portfolio_mark (id, published_at, versions)
-    SELECT 1, %(now)s, sum(version) FROM positions HAVING count(*) > 0
+    SELECT 1, %(now)s, sum(value) FROM portfolio_versions HAVING sum(value) > 0
     ON CONFLICT (id) DO UPDATE SET published_at = excluded.published_at, versions = excluded.versions
     WHERE portfolio_mark.versions <> excluded.versions
         AND portfolio_mark.published_at <= excluded.published_at - %(interval)s

@@ -15,6 +15,7 @@ from sqlalchemy import (
     LargeBinary,
     MetaData,
     Numeric,
+    PrimaryKeyConstraint,
     SmallInteger,
     String,
     Table,
@@ -92,6 +93,8 @@ ledger = Table(
     Column("exec_type", String(32), nullable=False),
     Column("trace_id", Text, nullable=False),
     Column("recorded_at", Time, nullable=False, server_default=func.now()),
+    # The size an adjustment took its leg to; NULL for whatever is no adjustment.
+    Column("size_after", Amount),
     UniqueConstraint("key"),
     Index(None, "position_id", "executed_at"),
     Index("ledger_order_id_idx", "order_id", postgresql_where=text("order_id IS NOT NULL")),
@@ -174,4 +177,49 @@ portfolio_mark = Table(
     # The sum of all versions then: whatever is committed changes it, in whatever order.
     Column("versions", BigInteger, nullable=False),
     CheckConstraint("id = 1", name="single"),
+)
+
+# Their sum grows with every committed change of any position: one number that says whether anything changed.
+portfolio_versions = Table(
+    "portfolio_versions",
+    metadata,
+    Column("shard", SmallInteger, primary_key=True, autoincrement=False),
+    Column("value", BigInteger, nullable=False, server_default="0"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("name", String(60), primary_key=True),
+    # SHA-256 of the key, in hex; the key itself is nowhere.
+    Column("digest", String(64), nullable=False),
+    Column("role", String(16), nullable=False),
+    # NULL: the default.
+    Column("requests_per_minute", Integer),
+    Column("created_at", Time, nullable=False, server_default=func.now()),
+    Column("expires_at", Time),
+    Column("revoked_at", Time),
+    UniqueConstraint("digest"),
+)
+
+# Partitioned by month of created_at (positions.storage.snapshots); no foreign key, which would slow every
+# insert for a table whose rows nobody deletes.
+position_snapshots = Table(
+    "position_snapshots",
+    metadata,
+    Column("id", UUID(as_uuid=False), nullable=False, server_default=func.gen_random_uuid()),
+    Column("position_id", UUID(as_uuid=False), nullable=False),
+    Column("asset", String(64), nullable=False),
+    Column("mode", String(16), nullable=False),
+    # The moment the snapshot is of; that of its slot where it was taken on a schedule.
+    Column("created_at", Time, nullable=False),
+    # NULL in exposures: open without a price. NULL in any: a row of an older service.
+    Column("exposure", Numeric),
+    Column("net_exposure", Numeric),
+    Column("unrealized_pnl", Numeric),
+    Column("realized_pnl", Numeric),
+    # The position object, what its realized PnL is made of, and the state to fold on from.
+    Column("snapshot_data", JSONB, nullable=False),
+    PrimaryKeyConstraint("position_id", "created_at", name="position_snapshots_key"),
+    postgresql_partition_by="RANGE (created_at)",
 )

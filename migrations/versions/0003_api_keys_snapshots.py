@@ -1,0 +1,92 @@
+"""Keys of the API, the portfolio's version, snapshots by month, and sizes taken over.
+
+Accepts a database that holds the `position_snapshots` of an older service: its rows are moved into the
+partitioned table, none is lost.
+"""
+
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+AMOUNT = "numeric(38, 18)"
+
+
+def upgrade() -> None:
+    # What an adjustment took the leg's size to: with it the past can be told from the ledger.
+    op.execute(f"ALTER TABLE ledger ADD COLUMN size_after {AMOUNT}")
+    # Sixteen counters, so that writers who commit at the same time seldom wait for each other's.
+    op.execute("""
+        CREATE TABLE portfolio_versions (
+            shard smallint NOT NULL CONSTRAINT portfolio_versions_pkey PRIMARY KEY,
+            value bigint NOT NULL DEFAULT 0
+        ) WITH (fillfactor = 10)""")
+    op.execute("INSERT INTO portfolio_versions (shard) SELECT generate_series(0, 15)")
+    op.execute("""
+        CREATE TABLE api_keys (
+            name varchar(60) NOT NULL CONSTRAINT api_keys_pkey PRIMARY KEY,
+            digest varchar(64) NOT NULL CONSTRAINT api_keys_digest_key UNIQUE,
+            role varchar(16) NOT NULL,
+            requests_per_minute integer,
+            created_at timestamptz NOT NULL DEFAULT now(),
+            expires_at timestamptz,
+            revoked_at timestamptz
+        )""")
+    _snapshots()
+
+
+def _snapshots() -> None:
+    older = op.get_bind().exec_driver_sql("SELECT to_regclass('position_snapshots') IS NOT NULL").scalar()
+    if older:
+        op.execute("ALTER TABLE position_snapshots RENAME TO position_snapshots_before")
+    op.execute("""
+        CREATE TABLE position_snapshots (
+            id uuid NOT NULL DEFAULT gen_random_uuid(),
+            position_id uuid NOT NULL,
+            asset varchar(64) NOT NULL,
+            mode varchar(16) NOT NULL,
+            created_at timestamptz NOT NULL,
+            exposure numeric,
+            net_exposure numeric,
+            unrealized_pnl numeric,
+            realized_pnl numeric,
+            snapshot_data jsonb NOT NULL,
+            CONSTRAINT position_snapshots_key PRIMARY KEY (position_id, created_at)
+        ) PARTITION BY RANGE (created_at)""")
+    op.execute("CREATE TABLE position_snapshots_default PARTITION OF position_snapshots DEFAULT")
+    if older:
+        _move_older()
+
+
+def _move_older() -> None:
+    kind = op.get_bind().exec_driver_sql(
+        "SELECT format_type(atttypid, NULL) FROM pg_attribute"
+        " WHERE attrelid = 'position_snapshots_before'::regclass AND attname = 'created_at'"
+    ).scalar()
+    at = "created_at AT TIME ZONE 'UTC'" if kind == "timestamp without time zone" else "created_at"
+    op.execute(f"""
+        DO $$ DECLARE month timestamptz; BEGIN
+            FOR month IN SELECT DISTINCT date_trunc('month', {at}, 'UTC') FROM position_snapshots_before LOOP
+                EXECUTE format('CREATE TABLE position_snapshots_%s PARTITION OF position_snapshots'
+                    ' FOR VALUES FROM (%L) TO (%L)', to_char(month AT TIME ZONE 'UTC', 'YYYY_MM'), month,
+                    (month AT TIME ZONE 'UTC' + interval '1 month') AT TIME ZONE 'UTC');
+            END LOOP;
+        END $$""")
+    # Two of one position at one moment are told apart by a microsecond.
+    op.execute(f"""
+        INSERT INTO position_snapshots (position_id, asset, mode, created_at, snapshot_data)
+        SELECT position_id::uuid, upper(asset),
+            CASE lower(mode) WHEN 'hedge' THEN 'hedge' ELSE 'one-way' END,
+            {at} + (row_number() OVER (PARTITION BY position_id, created_at) - 1) * interval '1 microsecond',
+            snapshot_data::jsonb
+        FROM position_snapshots_before""")
+    op.execute("DROP TABLE position_snapshots_before")
+
+
+def downgrade() -> None:
+    op.execute("DROP TABLE position_snapshots")
+    op.execute("DROP TABLE api_keys")
+    op.execute("DROP TABLE portfolio_versions")
+    op.execute("ALTER TABLE ledger DROP COLUMN size_after")

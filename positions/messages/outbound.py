@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+from pydantic import ConfigDict, WithJsonSchema
 
 from positions.domain.events import PositionKey
 from positions.domain.figures import (
@@ -22,6 +24,15 @@ from positions.domain.figures import (
 )
 from positions.domain.numbers import exact, plain
 
+# What the documentation of the API is generated from: the types below, and the texts under the fields.
+DOCUMENTED = ConfigDict(use_attribute_docstrings=True)
+Amount = Annotated[
+    Decimal,
+    WithJsonSchema({"type": "string", "pattern": r"^(0|-?(0\.[0-9]*[1-9]|[1-9][0-9]*(\.[0-9]*[1-9])?))$"}),
+]
+"""A size, price or sum of money: in JSON a plain string, without exponent or padding zeros."""
+Time = Annotated[datetime, WithJsonSchema({"type": "string", "format": "date-time", "pattern": "Z$"})]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PositionView:
@@ -30,31 +41,47 @@ class PositionView:
     The fields, in this order, are the contract's position object.
     """
 
+    __pydantic_config__ = DOCUMENTED
+
     id: str
     asset: str
+    """The traded symbol, upper case."""
     mode: str
-    size: Decimal
-    average_entry_price: Decimal | None
-    current_price: Decimal | None
-    current_price_at: datetime | None
+    """`one-way` (one signed size) or `hedge` (a long leg and a short one)."""
+    size: Amount
+    """Signed, in the asset's own units; in hedge mode the sum of both legs."""
+    average_entry_price: Amount | None
+    """Null when flat, and in hedge mode while both legs are open."""
+    current_price: Amount | None
+    """The mark price; null while none is known."""
+    current_price_at: Time | None
     price_is_stale: bool
-    unrealized_pnl: Decimal
-    realized_pnl: Decimal
-    long_size: Decimal
-    short_size: Decimal
-    long_avg_price: Decimal | None
-    short_avg_price: Decimal | None
-    unrealized_pnl_pct: Decimal | None
-    """Percent; None only while neither an average nor a price is known."""
+    """Whether the price is older than the staleness threshold."""
+    unrealized_pnl: Amount
+    """In USDT; 0 when flat, and until a price is known."""
+    realized_pnl: Amount
+    """In USDT, net of fees and funding, since the first event."""
+    long_size: Amount
+    """0 or more."""
+    short_size: Amount
+    """0 or less."""
+    long_avg_price: Amount | None
+    short_avg_price: Amount | None
+    unrealized_pnl_pct: Amount | None
+    """Percent of the entry value; null only while neither an average nor a price is known."""
     time_held_minutes: int
-    position_size_norm: Decimal | None
-    """Share of the portfolio's gross exposure, 0 to 1; None only while unpriced."""
+    """Whole minutes since the present cycle opened; 0 when flat."""
+    position_size_norm: Amount | None
+    """Share of the portfolio's gross exposure, 0 to 1; null only while unpriced."""
     version: int
-    last_updated: datetime
-    last_snapshot_at: datetime | None
-    opened_at: datetime | None
-    closed_at: datetime | None
-    created_at: datetime
+    """1 at creation, and one more with every change."""
+    last_updated: Time
+    last_snapshot_at: Time | None
+    opened_at: Time | None
+    """When the present cycle, from flat to flat, began; null when flat."""
+    closed_at: Time | None
+    """When it became flat; null while open."""
+    created_at: Time
 
     @classmethod
     def of(
@@ -124,43 +151,71 @@ STORED = tuple(name for name in _FIELDS if name not in _DERIVED)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AssetView:
-    """What all positions of one asset add up to."""
+    """What all positions of one asset add up to; the names with a unit are the older service's."""
 
-    exposure_usdt: Decimal | None
-    """Gross, over the priced positions; None while all open ones are unpriced."""
-    unrealized_pnl_usdt: Decimal
-    realized_pnl_usdt: Decimal
-    size: Decimal
+    __pydantic_config__ = DOCUMENTED
+
+    exposure: Amount | None
+    """Gross, in USDT, over the priced positions; null while all open ones are unpriced."""
+    unrealized: Amount
+    realized: Amount
+    exposure_usdt: Amount | None
+    unrealized_pnl_usdt: Amount
+    realized_pnl_usdt: Amount
+    size: Amount
+    """Signed, in the asset's own units."""
+
+    @classmethod
+    def of(cls, row: Mapping[Any, Any]) -> Self:
+        """Return the view of an asset's row of `positions.storage.portfolio.sums_by_asset`."""
+        exposure, unrealized, realized = row["exposure"], row["unrealized_pnl"], row["realized_pnl"]
+        return cls(
+            exposure=exposure,
+            unrealized=unrealized,
+            realized=realized,
+            exposure_usdt=exposure,
+            unrealized_pnl_usdt=unrealized,
+            realized_pnl_usdt=realized,
+            size=row["size"],
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PortfolioView:
     """What all positions add up to; exposures over the priced ones only."""
 
-    total_exposure_usdt: Decimal
-    net_exposure_usdt: Decimal
-    portfolio_value_usdt: Decimal
-    total_unrealized_pnl_usdt: Decimal
-    total_realized_pnl_usdt: Decimal
+    __pydantic_config__ = DOCUMENTED
+
+    total_exposure_usdt: Amount
+    """Gross: the sum of |size| x price; both legs of a hedged position count."""
+    net_exposure_usdt: Amount
+    """The sum of size x price."""
+    portfolio_value_usdt: Amount
+    """The net exposure, as the older service names it."""
+    total_unrealized_pnl_usdt: Amount
+    total_realized_pnl_usdt: Amount
     """Gross - fees + funding + adjustment, exactly."""
-    total_pnl_usdt: Decimal
-    total_realized_gross_usdt: Decimal
-    total_fees_usdt: Decimal
+    total_pnl_usdt: Amount
+    """Unrealized + realized."""
+    total_realized_gross_usdt: Amount
+    total_fees_usdt: Amount
     """Paid is positive."""
-    total_funding_usdt: Decimal
+    total_funding_usdt: Amount
     """Received is positive."""
-    total_realized_adjustment_usdt: Decimal
+    total_realized_adjustment_usdt: Amount
     """What the venue's realized PnL adds to the ledger's."""
     open_positions_count: int
     long_positions_count: int
     short_positions_count: int
     by_asset: Mapping[str, AssetView]
     limit_exceeded: bool
+    """Whether the whole portfolio's gross exposure is above the limit that is set."""
     unpriced_assets: tuple[str, ...]
     """Assets with an open position that no price is known for: left out of the exposures."""
     stale_assets: tuple[str, ...]
     """Assets with an open position valued at a price older than the staleness threshold."""
-    calculated_at: datetime
+    calculated_at: Time
+    """The moment of these figures."""
 
     @classmethod
     def of(
@@ -203,15 +258,7 @@ class PortfolioView:
                 open_positions_count=sum(row["open_count"] for row in rows),
                 long_positions_count=sum(row["long_count"] for row in rows),
                 short_positions_count=sum(row["short_count"] for row in rows),
-                by_asset={
-                    row["asset"]: AssetView(
-                        exposure_usdt=row["exposure"],
-                        unrealized_pnl_usdt=row["unrealized_pnl"],
-                        realized_pnl_usdt=row["realized_pnl"],
-                        size=row["size"],
-                    )
-                    for row in rows
-                },
+                by_asset={row["asset"]: AssetView.of(row) for row in rows},
                 limit_exceeded=max_exposure is not None and whole > max_exposure,
                 unpriced_assets=tuple(row["asset"] for row in rows if row["unpriced"]),
                 stale_assets=tuple(row["asset"] for row in rows if row["stale"]),
@@ -226,23 +273,11 @@ def position_object(view: PositionView) -> dict[str, object]:
 
 def portfolio_object(view: PortfolioView) -> dict[str, object]:
     """Return the contract's portfolio figures, JSON-ready."""
-    figures = {field.name: _json(getattr(view, field.name)) for field in fields(PortfolioView)}
-    return {**figures, "by_asset": {asset: _asset_object(each) for asset, each in view.by_asset.items()}}
+    return _object(view)
 
 
-def _asset_object(view: AssetView) -> dict[str, object]:
-    exposure = _json(view.exposure_usdt)
-    unrealized, realized = plain(view.unrealized_pnl_usdt), plain(view.realized_pnl_usdt)
-    # The short names are the contract's, the long ones those the older service answers under.
-    return {
-        "exposure": exposure,
-        "unrealized": unrealized,
-        "realized": realized,
-        "exposure_usdt": exposure,
-        "unrealized_pnl_usdt": unrealized,
-        "realized_pnl_usdt": realized,
-        "size": plain(view.size),
-    }
+def _object(view: Any) -> dict[str, object]:
+    return {field.name: _json(getattr(view, field.name)) for field in fields(view)}
 
 
 def utc_text(at: datetime) -> str:
@@ -253,4 +288,8 @@ def utc_text(at: datetime) -> str:
 def _json(value: object) -> object:
     if isinstance(value, Decimal):
         return plain(value)
-    return utc_text(value) if isinstance(value, datetime) else value
+    if isinstance(value, datetime):
+        return utc_text(value)
+    if isinstance(value, Mapping):
+        return {name: _json(each) for name, each in value.items()}
+    return _object(value) if isinstance(value, AssetView) else value

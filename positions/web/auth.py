@@ -20,6 +20,12 @@ def public(view: View) -> View:
     return view
 
 
+def needs_operate(view: View) -> View:
+    """Mark a view that only a key of the role `operate` may call; all that change something are, unmarked."""
+    view.needs_operate = True  # type: ignore[attr-defined]
+    return view
+
+
 def init(app: Flask, settings: Settings) -> None:
     """Let only requests with the key pass, whether or not there is anything at their address.
 

@@ -17,9 +17,9 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -119,10 +119,10 @@ def _descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def _kill(pids: Iterable[int]) -> None:
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
 
 
 class Server(ABC):
@@ -216,6 +216,20 @@ class Server(ABC):
         self.stop()
         self.start()
 
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Let the server and its children stand still: the kernel accepts for them, and nobody answers."""
+        tree = [self.pid, *_descendants(self.pid)]
+        _signal(tree, signal.SIGSTOP)
+        try:
+            # What was forked while they were being stopped.
+            late = [pid for pid in _descendants(self.pid) if pid not in tree]
+            _signal(late, signal.SIGSTOP)
+            tree += late
+            yield
+        finally:
+            _signal(tree, signal.SIGCONT)
+
     def close(self) -> None:
         """Stop the server and remove its data."""
         try:
@@ -266,7 +280,7 @@ class Server(ABC):
         return self.why_not_ready() is None
 
     def _bury(self, children: Sequence[int]) -> None:
-        _kill(children)
+        _signal(children, signal.SIGKILL)
         if not wait_until(lambda: not any(map(_runs, children)), limit_s=STOP_LIMIT_S):
             raise self.failure("left children that survive SIGKILL")
 

@@ -1,13 +1,18 @@
-"""What the database says of the service's health, cheap enough to be asked every second."""
+"""What the database says of the service's health, cheap enough to be asked every few seconds."""
 
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, func, select
 
-from positions.storage.tables import ledger, outbox, positions
+from positions.errors import Unavailable
+from positions.storage import migrate
+from positions.storage.portfolio import is_open
+from positions.storage.tables import ledger, outbox, positions, quarantine
 
-OUTBOX_COUNT_MAX = 100_000
+COUNT_MAX = 100_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,22 +20,52 @@ class Activity:
     """How much is stored, and when something last happened."""
 
     positions_count: int
+    open_count: int
     last_event_at: datetime | None
     """When an event was last recorded or moved a position."""
     outbox: int
-    """Messages not published yet, counted up to `OUTBOX_COUNT_MAX`."""
+    """Messages not published yet, counted up to `COUNT_MAX`."""
+    outbox_oldest_at: datetime | None
+    """When the oldest of them was written."""
+    quarantine: int
+    """Messages in quarantine that were not replayed, counted up to `COUNT_MAX`."""
 
 
 def activity(connection: Connection) -> Activity:
     """Return the figures that tell whether events arrive and leave."""
     # The newest id is as good as the newest time, and has an index.
     recorded_at = select(ledger.c.recorded_at).order_by(ledger.c.id.desc()).limit(1).scalar_subquery()
-    waiting = select(outbox.c.id).limit(OUTBOX_COUNT_MAX).subquery()
-    row = connection.execute(
+    unpublished = select(outbox.c.id).limit(COUNT_MAX).subquery()
+    refused = select(quarantine.c.id).where(quarantine.c.replayed_at.is_(None)).limit(COUNT_MAX).subquery()
+    found = connection.execute(
         select(
-            func.count().label("positions"),
+            func.count().label("positions_count"),
+            func.count().filter(is_open).label("open_count"),
             func.greatest(func.max(positions.c.last_updated), recorded_at).label("last_event_at"),
-            select(func.count()).select_from(waiting).scalar_subquery().label("outbox"),
+            select(func.count()).select_from(unpublished).scalar_subquery().label("outbox"),
+            select(outbox.c.created_at)
+            .order_by(outbox.c.id)
+            .limit(1)
+            .scalar_subquery()
+            .label("outbox_oldest_at"),
+            select(func.count()).select_from(refused).scalar_subquery().label("quarantine"),
         ).select_from(positions)
-    ).one()
-    return Activity(positions_count=row.positions, last_event_at=row.last_event_at, outbox=row.outbox)
+    )
+    return Activity(**found.mappings().one())
+
+
+def require_migrated(connection: Connection) -> None:
+    """Make sure that the tables are as this code needs them; newer ones are: it was deployed before.
+
+    Raises:
+        Unavailable: migrations are missing.
+    """
+    found = set(connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars())
+    if not found or found & _older_revisions():
+        raise Unavailable("the database is not migrated")
+
+
+@cache
+def _older_revisions() -> frozenset[str]:
+    script = ScriptDirectory.from_config(migrate.config(""))
+    return frozenset(each.revision for each in script.walk_revisions()) - set(script.get_heads())

@@ -1,13 +1,18 @@
 """Connections to PostgreSQL, and the transaction: one unit of work, retried as a whole where right."""
 
 import random
+import select
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import psycopg2
 import structlog
+from psycopg2 import extensions
 from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -30,6 +35,16 @@ _SESSION = {
 }
 TRIES_S = 10.0
 """No further try of a transaction begins after so long."""
+ANSWER_S = 10.0
+"""How long the waits of one transaction may take where they are bounded (:func:`bound_waits`): longer than a
+server that is alive takes to give up a statement."""
+PROBE_S = 2.0
+"""The same for who tries a database that did not answer in time."""
+
+_deadline: ContextVar[float] = ContextVar("deadline")
+# Set from when a server did not answer in time until it answers anyone.
+_silent = threading.Event()
+_probe = threading.Lock()
 
 
 def connect(url: str, *, pool_size: int = 5, application: str = "positions") -> Engine:
@@ -52,6 +67,66 @@ def connect(url: str, *, pool_size: int = 5, application: str = "positions") -> 
             "keepalives_count": 3,
         },
     )
+
+
+def bound_waits() -> None:
+    """End every wait for the database in this process within `ANSWER_S` of its transaction's begin.
+
+    libpq waits for ever for a server that is frozen, or whose machine is: the timeouts of a session are
+    the server's own, and the kernel goes on acknowledging. Not for processes that COPY, nor for Celery's,
+    whose tasks have a time limit: it is in force for all connections, and costs some 10 µs a statement.
+    """
+    extensions.set_wait_callback(_wait)
+
+
+def _wait(connection: Any) -> None:
+    """Wait until ``connection`` has what it asked for; psycopg2 closes it when this raises."""
+    deadline = _deadline.get(None) or time.monotonic() + ANSWER_S
+    while (state := connection.poll()) != extensions.POLL_OK:
+        socket = select.poll()
+        socket.register(
+            connection.fileno(), select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
+        )
+        if not socket.poll(max(deadline - time.monotonic(), 0) * 1000):
+            _silent.set()
+            raise psycopg2.OperationalError("the server did not answer in time")
+    if _silent.is_set():
+        _silent.clear()
+
+
+def bounded() -> AbstractContextManager[None]:
+    """Bound what the block waits for the database in all, where waits are bounded; :func:`transaction` does.
+
+    Raises:
+        Unavailable: the server did not answer in time a moment ago, and another thread is trying it again.
+    """
+    return _one_probe() if _silent.is_set() else answered_within(ANSWER_S)
+
+
+@contextmanager
+def answered_within(seconds: float) -> Iterator[None]:
+    """Bound the waits of the transactions in the block, where they are bounded at all, more tightly."""
+    token = _deadline.set(min(time.monotonic() + seconds, _deadline.get(float("inf"))))
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+@contextmanager
+def _one_probe() -> Iterator[None]:
+    """Let one thread at a time ask a silent server; the others need not wait to know.
+
+    Raises:
+        Unavailable: another thread is asking.
+    """
+    if not _probe.acquire(blocking=False):
+        raise Unavailable("the server did not answer in time, and is being tried again")
+    try:
+        with answered_within(PROBE_S):
+            yield
+    finally:
+        _probe.release()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +155,7 @@ def transaction(engine: Engine) -> Iterator[Connection]:
         DataError: the database refuses a value; it would again.
     """
     try:
-        with engine.begin() as connection:
+        with bounded(), engine.begin() as connection:
             yield connection
     except DataError:
         raise

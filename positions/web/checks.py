@@ -42,10 +42,17 @@ class Checks:
 
 
 class Recent(Generic[Answer]):
-    """What ``ask`` answered at most `KEPT_S` seconds ago, however many threads want to know."""
+    """What ``ask`` answered at most ``kept_s`` seconds ago, however many threads want to know."""
 
-    def __init__(self, ask: Callable[[], Answer], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        ask: Callable[[], Answer],
+        *,
+        kept_s: float = KEPT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._ask = ask
+        self._kept_s = kept_s
         self._clock = clock
         self._lock = threading.Lock()
         self._last: tuple[Answer, float] | None = None
@@ -53,7 +60,7 @@ class Recent(Generic[Answer]):
     def __call__(self) -> Answer:
         # One thread asks, the others wait for its answer, which the timeouts bound.
         with self._lock:
-            if self._last is None or self._clock() - self._last[1] > KEPT_S:
+            if self._last is None or self._clock() - self._last[1] > self._kept_s:
                 self._last = self._ask(), self._clock()
             return self._last[0]
 

@@ -3,13 +3,19 @@
 Each module-level name that gunicorn knows is one of its settings.
 """
 
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from gunicorn.http import wsgi
 
 from positions import log_config
 from positions.settings import SettingsError, load
+from positions.storage.database import bound_waits
+from positions.web import metrics
 from positions.web.auth import required_key
 
 try:
@@ -25,7 +31,7 @@ log_config.warn_of_unknown_settings()
 bind = f"{_settings.host}:{_settings.port}"
 workers = _settings.web_workers
 # Requests wait for the database, not for the processor: threads, each with a connection of its own.
-worker_class = "gthread"
+worker_class = "positions.web.worker.Worker"  # gthread, and what it lacks
 threads = _settings.web_threads
 
 # A worker whose main loop is stuck for this long is replaced. It does not bound a request: that is for
@@ -57,3 +63,38 @@ loglevel = _settings.log_level.lower()
 wsgi.SERVER = _settings.service_name
 # A socket that commands this process, in the home folder of whoever runs it: nothing of ours uses it.
 control_socket_disable = True
+
+_METRICS = "PROMETHEUS_MULTIPROC_DIR"
+
+
+def on_starting(server: Any) -> None:
+    """Make the folder of the metrics, or empty it: what was counted before a restart is Prometheus's."""
+    folder = os.environ.get(_METRICS)
+    if not folder:
+        folder = os.environ[_METRICS] = tempfile.mkdtemp(prefix="positions-metrics-", dir=worker_tmp_dir)
+        server.made_for_metrics = folder
+    for file in Path(folder).glob("*.db"):
+        file.unlink()
+
+
+def on_exit(server: Any) -> None:
+    """Leave nothing behind."""
+    if folder := getattr(server, "made_for_metrics", None):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pre_fork(server: Any, worker: Any) -> None:
+    """Give the worker the lowest number that no other has.
+
+    Its metrics are kept under this number, not under its process id: a worker that is replaced leaves its
+    files to the next, or they would grow more for as long as the service runs.
+    """
+    taken = {each.number for each in server.WORKERS.values()}
+    worker.number = next(number for number in range(len(taken) + 1) if number not in taken)
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """Set up what is of one process."""
+    del server
+    metrics.keep_in(os.environ[_METRICS], str(worker.number))
+    bound_waits()

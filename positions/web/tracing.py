@@ -8,7 +8,12 @@ import structlog
 from flask import Flask, Response, g, request
 from werkzeug.datastructures import Headers
 
+from positions.web import metrics
+
 log = structlog.get_logger(__name__)
+
+REFUSED = "positions.refused"
+"""Key of the WSGI environment: the error that a request the worker could not read is answered with."""
 
 _TRACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 # W3C Trace Context: later versions may add to the end, ff is no version, ids of zeros only are no ids.
@@ -37,18 +42,23 @@ def _begin() -> None:
     g.began_at = time.perf_counter()
     g.trace_id = trace_id_of(request.headers)
     structlog.contextvars.bind_contextvars(trace_id=g.trace_id)
+    if refused := request.environ.get(REFUSED):
+        raise refused
 
 
 def _end(response: Response) -> Response:
     response.headers["X-Trace-Id"] = g.trace_id
+    # The pattern: a path may be anything a client makes up.
+    route = request.url_rule.rule if request.url_rule else None
+    seconds = time.perf_counter() - g.began_at
+    metrics.request_served(request.method, route, response.status_code, seconds)
     log.log(
         30 if response.status_code >= 500 else 20,
         "request_served",
         method=request.method,
-        # The pattern: a path may be anything a client makes up.
-        route=request.url_rule.rule if request.url_rule else None,
+        route=route,
         status=response.status_code,
-        duration_ms=round((time.perf_counter() - g.began_at) * 1000, 3),
+        duration_ms=round(seconds * 1000, 3),
         key_name=g.get("key_name"),
         client=request.remote_addr,
     )

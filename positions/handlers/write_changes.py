@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Self
 from uuid import uuid4
 
 import structlog
@@ -15,6 +16,7 @@ from positions.domain.numbers import exact
 from positions.domain.position import Point, Policy, State
 from positions.messages.outbound import PositionView
 from positions.messages.published import POSITION_UPDATED, position_updated
+from positions.settings import Settings
 from positions.storage import breaks, fold_points, ledger, outbox, portfolio, positions
 from positions.storage.portfolio import GROSS_EXPOSURE
 from positions.storage.positions import Stored
@@ -28,6 +30,20 @@ class Rules:
 
     policy: Policy
     price_stale_after: timedelta
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Return the rules that the settings describe."""
+        return cls(
+            policy=Policy(
+                size_threshold=settings.size_validation_threshold,
+                average_threshold=settings.avg_price_diff_threshold,
+                take_average=settings.use_ws_avg_price,
+                take_size=settings.enable_timestamp_resolution,
+                tolerance=timedelta(microseconds=int(settings.timestamp_tolerance_seconds * 1_000_000)),
+            ),
+            price_stale_after=timedelta(seconds=settings.price_staleness_threshold),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -266,6 +266,48 @@ class PortfolioView:
             )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExposureView:
+    """The part of a portfolio's figures that tells how much is at stake."""
+
+    __pydantic_config__ = DOCUMENTED
+
+    total_exposure_usdt: Amount
+    """Gross: the sum of |size| x price; both legs of a hedged position count."""
+    net_exposure_usdt: Amount
+    """The sum of size x price."""
+    by_asset: Mapping[str, AssetView]
+    limit_exceeded: bool
+    """Whether the gross exposure is above the limit that is set."""
+    unpriced_assets: tuple[str, ...]
+    """Assets with an open position that no price is known for: left out of the exposures."""
+    stale_assets: tuple[str, ...]
+    """Assets with an open position valued at a price older than the staleness threshold."""
+    calculated_at: Time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PnLView:
+    """The part of a portfolio's figures that tells what was won and lost."""
+
+    __pydantic_config__ = DOCUMENTED
+
+    total_unrealized_pnl_usdt: Amount
+    total_realized_pnl_usdt: Amount
+    """Gross - fees + funding + adjustment, exactly."""
+    total_pnl_usdt: Amount
+    """Unrealized + realized."""
+    total_realized_gross_usdt: Amount
+    total_fees_usdt: Amount
+    """Paid is positive."""
+    total_funding_usdt: Amount
+    """Received is positive."""
+    total_realized_adjustment_usdt: Amount
+    """What the venue's realized PnL adds to the ledger's."""
+    by_asset: Mapping[str, AssetView]
+    calculated_at: Time
+
+
 def position_object(view: PositionView) -> dict[str, object]:
     """Return the contract's position object, JSON-ready."""
     return {name: _json(getattr(view, name)) for name in _FIELDS}
@@ -274,6 +316,11 @@ def position_object(view: PositionView) -> dict[str, object]:
 def portfolio_object(view: PortfolioView) -> dict[str, object]:
     """Return the contract's portfolio figures, JSON-ready."""
     return _object(view)
+
+
+def part_of(portfolio: Mapping[str, object], part: type[ExposureView | PnLView]) -> dict[str, object]:
+    """Return what ``part`` shows of a portfolio object."""
+    return {field.name: portfolio[field.name] for field in fields(part)}
 
 
 def _object(view: Any) -> dict[str, object]:

@@ -3,14 +3,13 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import structlog
 from celery import shared_task
 
 from positions.domain.events import Event
-from positions.domain.position import Policy
 from positions.errors import ConcurrencyConflict, DeepRefold, InvalidEvent, PositionsError, Unavailable
 from positions.handlers.apply_events import apply_events
 from positions.handlers.write_changes import Rules
@@ -120,16 +119,7 @@ def _apply(
 
 def rules(settings: Settings) -> Rules:
     """Return what the handler needs of the settings."""
-    return Rules(
-        policy=Policy(
-            size_threshold=settings.size_validation_threshold,
-            average_threshold=settings.avg_price_diff_threshold,
-            take_average=settings.use_ws_avg_price,
-            take_size=settings.enable_timestamp_resolution,
-            tolerance=timedelta(microseconds=int(settings.timestamp_tolerance_seconds * 1_000_000)),
-        ),
-        price_stale_after=timedelta(seconds=settings.price_staleness_threshold),
-    )
+    return Rules.of(settings)
 
 
 def _decoded(message: RawMessage, max_bytes: int, park: str | None) -> inbound.Decoded:

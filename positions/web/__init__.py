@@ -6,7 +6,19 @@ from werkzeug.exceptions import RequestEntityTooLarge, RequestURITooLarge
 
 from positions import log_config
 from positions.settings import Settings, load
-from positions.web import auth, health, portfolio, positions, problems, resources, tracing
+from positions.web import (
+    auth,
+    health,
+    metrics,
+    openapi,
+    portfolio,
+    positions,
+    problems,
+    quarantine,
+    resources,
+    tracing,
+)
+from positions.web.auth import public
 
 # Nothing we take is longer. gunicorn bounds the request line and the headers before we see them.
 BODY_MAX_BYTES = 64 * 1024
@@ -30,7 +42,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     if settings is None:
         settings = load()
         log_config.configure(settings)
-    app = Flask("positions", static_folder=None)
+    app = openapi.application()
     app.json = _JSON(app)
     app.config["MAX_CONTENT_LENGTH"] = BODY_MAX_BYTES
     # What is one address to a client is one address: no redirects between spellings.
@@ -43,8 +55,12 @@ def create_app(settings: Settings | None = None) -> Flask:
     auth.init(app, settings)
     app.after_request(_with_safe_headers)
     app.register_blueprint(health.blueprint)
-    app.register_blueprint(positions.blueprint, url_prefix="/api/v1")
-    app.register_blueprint(portfolio.blueprint, url_prefix="/api/v1")
+    app.register_blueprint(metrics.blueprint)
+    app.register_blueprint(openapi.pages)
+    app.register_api(positions.blueprint)
+    app.register_api(portfolio.blueprint)
+    app.register_api(quarantine.blueprint)
+    app.add_url_rule("/openapi.json", view_func=public(lambda: openapi.document(app)))
     return app
 
 

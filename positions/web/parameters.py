@@ -2,13 +2,16 @@
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Any, TypeVar
+from functools import wraps
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from flask import request
-from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, WithJsonSchema
 from werkzeug.datastructures import MultiDict
+from werkzeug.exceptions import BadRequest
 
 from positions.domain.events import PositionKey
 from positions.domain.numbers import fits
@@ -18,6 +21,8 @@ from positions.queries.positions import PAGE_MAX
 _ASSET = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{1,39}")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 _NUMBER_MAX_CHARS = 80
+# As people write them, and as libraries write Python's own.
+_FLAGS = {"true": True, "false": False, "True": True, "False": False, "1": True, "0": False}
 
 
 class BadParameters(PositionsError):
@@ -30,6 +35,17 @@ class BadParameters(PositionsError):
     def __init__(self, faults: Mapping[str, str]) -> None:
         super().__init__("; ".join(f"{name}: {fault}" for name, fault in faults.items()))
         self.faults = faults
+
+
+def text(read: Callable[[str], Any]) -> PlainValidator:
+    """Return a validator that reads a value from text: a JSON body may hold anything."""
+
+    def check(value: object) -> Any:
+        if not isinstance(value, str):
+            raise ValueError("must be text")
+        return read(value)
+
+    return PlainValidator(check)
 
 
 def _asset(text: str) -> str:
@@ -45,62 +61,167 @@ def _number(text: str) -> Decimal:
     raise ValueError("must be a decimal number with at most 20 integer digits and 18 decimals")
 
 
-def _limit(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,6}", text) or not 1 <= int(text) <= PAGE_MAX:
-        raise ValueError(f"must be a whole number from 1 to {PAGE_MAX}")
-    return int(text)
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """Return what reads a whole number from ``least`` to ``most``."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,20}", text) or not least <= int(text) <= most:
+            raise ValueError(f"must be a whole number from {least} to {most}")
+        return int(text)
+
+    return read
 
 
-def _cursor(text: str) -> PositionKey:
+def _flag(text: str) -> bool:
+    if text not in _FLAGS:
+        raise ValueError("must be true or false")
+    return _FLAGS[text]
+
+
+def _moment(text: str) -> datetime:
     try:
-        padded = text.encode() + b"=" * (-len(text) % 4)
-        asset, mode = base64.b64decode(padded, altchars=b"-_", validate=True).decode().split(" ")
-        return PositionKey.of(_asset(asset), mode)
-    except ValueError:
-        raise ValueError("must be the next_cursor of an earlier answer") from None
+        # A plus that nobody escaped is a space by now.
+        if not text.isprintable():  # Python lets a NUL at the end pass
+            raise ValueError
+        at = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)
+        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError("must be a time as ISO 8601, like 2025-01-15T10:00:00Z") from None
 
 
-def cursor_of(key: PositionKey) -> str:
-    """Return the cursor of the page that begins behind ``key``; what is in it is nobody's business."""
+Read = TypeVar("Read")
+
+
+def cursor(read: Callable[..., Read]) -> Callable[[str], Read]:
+    """Return what turns a cursor back into the values it was made of, by ``read``ing them from text."""
+
+    def parse(text: str) -> Read:
+        try:
+            padded = text.encode() + b"=" * (-len(text) % 4)
+            return read(*base64.b64decode(padded, altchars=b"-_", validate=True).decode().split(" "))
+        except (ValueError, TypeError, OverflowError):
+            raise ValueError("must be the next_cursor of an earlier answer") from None
+
+    return parse
+
+
+def cursor_of(*values: object) -> str:
+    """Return the cursor of the page that begins behind ``values``; what is in it is nobody's business."""
     # Without the padding, which a query string would have to escape.
-    return base64.urlsafe_b64encode(" ".join(key).encode()).decode().rstrip("=")
+    return base64.urlsafe_b64encode(" ".join(map(str, values)).encode()).decode().rstrip("=")
 
 
-Asset = Annotated[str, PlainValidator(_asset)]
-Number = Annotated[Decimal, PlainValidator(_number)]
-Limit = Annotated[int, PlainValidator(_limit)]
-Cursor = Annotated[PositionKey, PlainValidator(_cursor)]
+CURSOR_SCHEMA = WithJsonSchema(
+    {"type": "string", "maxLength": 400, "description": "The `next_cursor` of an earlier answer."}
+)
+KeyCursor = Annotated[
+    PositionKey,
+    text(cursor(lambda asset, mode: PositionKey.of(_asset(asset), mode))),
+    CURSOR_SCHEMA,
+]
+
+
+Asset = Annotated[
+    str,
+    text(_asset),
+    WithJsonSchema({"type": "string", "pattern": f"^{_ASSET.pattern}$", "description": "In any case."}),
+]
+Number = Annotated[
+    Decimal,
+    text(_number),
+    # Other spellings are read too, such as those of Python's Decimal.
+    WithJsonSchema({"type": "string", "pattern": r"^-?[0-9]{1,20}(\.[0-9]{1,18})?$"}),
+]
+Limit = Annotated[
+    int,
+    text(whole(1, PAGE_MAX)),
+    WithJsonSchema({"type": "integer", "minimum": 1, "maximum": PAGE_MAX}),
+]
+Flag = Annotated[bool, text(_flag), WithJsonSchema({"type": "string", "enum": list(_FLAGS)})]
+Moment = Annotated[
+    datetime,
+    text(_moment),
+    WithJsonSchema(
+        {"type": "string", "format": "date-time", "description": "ISO 8601; without a zone it is UTC."}
+    ),
+]
 
 
 class Parameters(BaseModel):
     """Base of the parameters of a route; what it does not name is refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-Model = TypeVar("Model", bound=Parameters)
+class OfAsset(Parameters):
+    """The part of an address that names an asset."""
+
+    asset: Asset
 
 
-def parameters(model: type[Model]) -> Model:
-    """Return the query and path parameters of the present request.
+View = TypeVar("View", bound=Callable[..., Any])
+
+
+def checked(view: View) -> View:
+    """Give a view its `path` and `query`, of the types it names for them.
+
+    All that is wrong with a request is said at once: each parameter that is unknown, wrong, or given twice.
 
     Raises:
-        BadParameters: names each that is unknown, wrong, or given twice.
+        BadParameters: when the view is called.
     """
-    return parse(model, request.args, request.view_args or {})
+    hints = get_type_hints(view, include_extras=True)
+    models = {name: hints[name] for name in ("path", "query") if name in hints}
+    models.setdefault("query", Parameters)
+
+    @wraps(view)
+    def wrapper(**path: Any) -> Any:
+        found, faults = {}, {}
+        for name, given in (("path", MultiDict(path)), ("query", _given())):
+            if name in models:
+                found[name], wrong = parsed(models[name], given)
+                faults.update(wrong)
+        if faults:
+            raise BadParameters(faults)
+        return view(**{name: model for name, model in found.items() if name in hints})
+
+    # flask-openapi3 would derive a JSON schema at every request; this says that the view's own decorator
+    # looks at the request.
+    wrapper.__delay_validate_request__ = True  # type: ignore[attr-defined]
+    return wrapper  # type: ignore[return-value]
 
 
-def parse(model: type[Model], query: MultiDict[str, str], path: Mapping[str, Any]) -> Model:
-    """Return the parameters in ``query`` and ``path``; raises as `parameters` does."""
-    given = MultiDict([*query.items(multi=True), *path.items()])
-    faults = {name: "is given more than once" for name in given if len(given.getlist(name)) > 1}
+def _given() -> MultiDict[str, Any]:
+    """Return the parameters of the query, and of a JSON object in the body: a client may use either.
+
+    Raises:
+        BadParameters: the body is no JSON object.
+        UnsupportedMediaType: it does not say that it is JSON.
+    """
+    if request.method == "GET" or not (request.content_length or request.headers.get("Transfer-Encoding")):
+        return request.args
     try:
-        found = model.model_validate(given.to_dict())
+        members = request.get_json()
+    except BadRequest:
+        members = None
+    if not isinstance(members, dict):
+        raise BadParameters({"body": "must be a JSON object"})
+    # true is "true" in a query.
+    texts = {name: str(value) if isinstance(value, bool) else value for name, value in members.items()}
+    return MultiDict([*request.args.items(multi=True), *texts.items()])
+
+
+def parsed(model: type[Parameters], given: MultiDict[str, Any]) -> tuple[Parameters | None, dict[str, str]]:
+    """Return the parameters that are ``given``, and by name what is wrong with them."""
+    twice = {name: "is given more than once" for name in given if len(given.getlist(name)) > 1}
+    try:
+        return model.model_validate(given.to_dict()), twice
     except ValidationError as error:
-        faults = {**{str(each["loc"][0]): _fault(each) for each in error.errors()}, **faults}
-    if faults:
-        raise BadParameters(faults)
-    return found
+        faults: dict[str, str] = {}
+        for each in error.errors():
+            # Of what may be left out, the first fault is that of its own type.
+            faults.setdefault(str(each["loc"][0]), _fault(each))
+        return None, {**faults, **twice}
 
 
 def _fault(error: Any) -> str:

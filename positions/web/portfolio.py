@@ -1,45 +1,112 @@
-"""`/portfolio`."""
+"""`/portfolio`: what all positions add up to."""
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from flask import Blueprint
+from flask import Response
+from pydantic import RootModel
+from pydantic.json_schema import SkipJsonSchema
+from sqlalchemy import Connection
 
-from positions.messages.outbound import portfolio_object, position_object
+from positions.messages.outbound import (
+    ExposureView,
+    PnLView,
+    PortfolioView,
+    PositionView,
+    part_of,
+    portfolio_object,
+    position_object,
+)
 from positions.queries.portfolio import portfolio
 from positions.queries.positions import positions
-from positions.storage.database import transaction
-from positions.web.parameters import Asset, Parameters, cursor_of, parameters
+from positions.web.answers import kept, kept_by_all
+from positions.web.openapi import TAGGED, api
+from positions.web.parameters import Asset, Flag, Parameters, checked, cursor_of
 from positions.web.resources import resources
 
-blueprint = Blueprint("portfolio", __name__)
+blueprint = api("portfolio")
 
 
 class Wanted(Parameters):
     """Of which assets, and whether with the positions that make the figures."""
 
-    include_positions: bool = False
-    asset: Asset | None = None
+    include_positions: Flag = False
+    asset: Asset | SkipJsonSchema[None] = None
+    """Only the positions in this asset; `limit_exceeded` is the whole portfolio's all the same."""
 
 
-@blueprint.get("/portfolio")
-def figures() -> dict[str, object]:
-    """Return what all positions, or those in one asset, add up to; zeros where there is none.
+@dataclass(frozen=True, kw_only=True)
+class _WithPositions(PortfolioView):
+    """What all positions add up to; exposures over the priced ones only."""
 
-    The positions that come with it are the first page of `/positions`, where `next_cursor` leads on.
-    """
-    wanted = parameters(Wanted)
-    now, stale_after = datetime.now(UTC), resources().stale_after
-    with transaction(resources().reads) as connection:
-        view = portfolio(
-            connection,
-            now=now,
-            stale_after=stale_after,
-            max_exposure=resources().max_exposure,
-            asset=wanted.asset,
-        )
-        answer = portfolio_object(view)
-        if wanted.include_positions:
-            page = positions(connection, now=now, stale_after=stale_after, asset=wanted.asset)
+    positions: list[PositionView] | SkipJsonSchema[None] = None
+    """Only with `include_positions`: the first page of `/positions`."""
+    next_cursor: str | None = None
+    """Only with `include_positions`: where `/positions` goes on; null when these are all."""
+
+
+class Portfolio(RootModel[_WithPositions]):
+    """The portfolio."""
+
+
+class Exposure(RootModel[ExposureView]):
+    """The portfolio's exposure."""
+
+
+class PnL(RootModel[PnLView]):
+    """The portfolio's PnL."""
+
+
+@blueprint.get("/portfolio", responses={200: Portfolio}, openapi_extensions=TAGGED)
+@checked
+def figures(query: Wanted) -> Response:
+    """Return what all positions, or those in one asset, add up to; zeros where there is none."""
+    if query == Wanted():
+        return kept_by_all("portfolio", _figures)
+
+    def make(connection: Connection) -> dict[str, object]:
+        answer = _portfolio(connection, query.asset)
+        if query.include_positions:
+            page = positions(
+                connection,
+                now=datetime.now(UTC),
+                stale_after=resources().stale_after,
+                asset=query.asset,
+            )
             answer["positions"] = [position_object(each) for each in page.positions]
-            answer["next_cursor"] = page.next and cursor_of(page.next)
-    return answer
+            answer["next_cursor"] = page.next and cursor_of(*page.next)
+        return answer
+
+    return kept(make)
+
+
+@blueprint.get("/portfolio/exposure", responses={200: Exposure}, openapi_extensions=TAGGED)
+@checked
+def exposure() -> Response:
+    """Return how much is at stake, in all and by asset."""
+    return kept_by_all("exposure", _figures)
+
+
+@blueprint.get("/portfolio/pnl", responses={200: PnL}, openapi_extensions=TAGGED)
+@checked
+def pnl() -> Response:
+    """Return what was won and lost, in all and by asset."""
+    return kept_by_all("pnl", _figures)
+
+
+def _figures(connection: Connection) -> dict[str, dict[str, object]]:
+    """Return all that is shown of the portfolio: who computes one of them stores the others too."""
+    whole = _portfolio(connection)
+    return {"portfolio": whole, "exposure": part_of(whole, ExposureView), "pnl": part_of(whole, PnLView)}
+
+
+def _portfolio(connection: Connection, asset: str | None = None) -> dict[str, object]:
+    own = resources()
+    view = portfolio(
+        connection,
+        now=datetime.now(UTC),
+        stale_after=own.stale_after,
+        max_exposure=own.max_exposure,
+        asset=asset,
+    )
+    return portfolio_object(view)

@@ -26,7 +26,7 @@ from structlog.testing import capture_logs
 from werkzeug.test import TestResponse
 
 from positions.settings import SettingsError, load
-from positions.storage import tables
+from positions.storage import portfolio, tables
 from positions.web import create_app, resources
 from positions.web import positions as positions_routes
 from tests.services import Port, PostgreSQL, RabbitMQ, wait_until
@@ -88,6 +88,7 @@ def _store(database: str, *rows: dict[str, Any]) -> None:
     with engine.begin() as connection:
         for row in rows:
             connection.execute(insert(tables.positions).values(row))
+        portfolio.advance(connection)
     engine.dispose()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from datetime import UTC, datetime
 from decimal import Decimal
+from typing import TypeVar
 
 import pytest
 from hypothesis import example, given
@@ -12,19 +14,26 @@ from werkzeug.datastructures import MultiDict
 
 from positions.domain.events import Mode, PositionKey
 from positions.queries.positions import Status
-from positions.web.parameters import BadParameters, cursor_of, parse
+from positions.web.parameters import OfAsset, Parameters, cursor_of, parsed
 from positions.web.portfolio import Wanted
 from positions.web.positions import Listed, One
 
-
-def _listed(*pairs: tuple[str, str]) -> Listed:
-    return parse(Listed, MultiDict(pairs), {})
+Model = TypeVar("Model", bound=Parameters)
 
 
-def _faults(*pairs: tuple[str, str]) -> dict[str, str]:
-    with pytest.raises(BadParameters) as raised:
-        _listed(*pairs)
-    return dict(raised.value.faults)
+def _read(model: type[Model], *pairs: tuple[str, object]) -> Model:
+    found, faults = parsed(model, MultiDict(pairs))
+    assert isinstance(found, model), faults
+    assert not faults
+    return found
+
+
+def _listed(*pairs: tuple[str, object]) -> Listed:
+    return _read(Listed, *pairs)
+
+
+def _faults(*pairs: tuple[str, object], model: type[Parameters] = Listed) -> dict[str, str]:
+    return parsed(model, MultiDict(pairs))[1]
 
 
 def test_everything_may_be_left_out() -> None:
@@ -93,30 +102,58 @@ def test_every_wrong_parameter_is_named_at_once() -> None:
 
 def test_parameter_given_twice_is_refused() -> None:
     assert _faults(("limit", "1"), ("limit", "1")) == {"limit": "is given more than once"}
-    with pytest.raises(BadParameters, match="asset: is given more than once"):
-        parse(One, MultiDict([("asset", "ETHUSDT")]), {"asset": "BTCUSDT"})
 
 
 def test_single_position_is_one_way_unless_said_otherwise() -> None:
-    assert parse(One, MultiDict(), {"asset": "btcusdt"}) == One.model_construct(
-        asset="BTCUSDT", mode=Mode.ONE_WAY
+    assert _read(OfAsset, ("asset", "btcusdt")).asset == "BTCUSDT"
+    assert _read(One) == One.model_construct(mode=Mode.ONE_WAY, as_of=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("2025-01-15T10:00:00Z", datetime(2025, 1, 15, 10, tzinfo=UTC)),
+        ("2025-01-15T10:00:00", datetime(2025, 1, 15, 10, tzinfo=UTC)),
+        ("2025-01-15 10:00:00.5", datetime(2025, 1, 15, 10, 0, 0, 500_000, tzinfo=UTC)),
+        ("2025-01-15T12:00:00+02:00", datetime(2025, 1, 15, 10, tzinfo=UTC)),
+        # A plus that nobody escaped.
+        ("2025-01-15T12:00:00 02:00", datetime(2025, 1, 15, 10, tzinfo=UTC)),
+        ("2025-01-15", datetime(2025, 1, 15, tzinfo=UTC)),
+    ],
+)
+def test_moment_without_zone_is_utc(text: str, moment: datetime) -> None:
+    assert _read(One, ("as_of", text)).as_of == moment
+
+
+@pytest.mark.parametrize(
+    "text", ["", "now", "1736935200", "2025-13-01", "0001-01-01T00:00:00+23:59", "2025-01-15T10:00:00Z\0"]
+)
+def test_what_is_no_moment_is_refused(text: str) -> None:
+    assert list(_faults(("as_of", text), model=One)) == ["as_of"]
+
+
+def test_value_of_a_body_may_be_of_any_type() -> None:
+    assert _faults(("asset", 1), ("limit", None), ("size_min", [])) == dict.fromkeys(
+        ("asset", "limit", "size_min"), "must be text"
     )
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("1", True), ("false", False), ("0", False)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("true", True), ("1", True), ("True", True), ("false", False), ("0", False), ("False", False)],
+)
 def test_flag(text: str, value: bool) -> None:
-    assert parse(Wanted, MultiDict([("include_positions", text)]), {}).include_positions is value
+    assert _read(Wanted, ("include_positions", text)).include_positions is value
 
 
 def test_wrong_flag_is_named() -> None:
-    with pytest.raises(BadParameters, match=r"^include_positions: must be a valid boolean"):
-        parse(Wanted, MultiDict([("include_positions", "2")]), {})
+    assert _faults(("include_positions", "2"), model=Wanted) == {"include_positions": "must be true or false"}
 
 
 @given(asset=st.from_regex(r"[A-Z0-9][A-Z0-9-]{1,39}", fullmatch=True), mode=st.sampled_from(Mode))
 def test_cursor_leads_back_to_its_position(asset: str, mode: Mode) -> None:
     key = PositionKey(asset, mode)
-    assert _listed(("cursor", cursor_of(key))).cursor == key
+    assert _listed(("cursor", cursor_of(*key))).cursor == key
 
 
 @example(b64encode(b"BTC\x00USDT hedge").decode())
@@ -124,9 +161,9 @@ def test_cursor_leads_back_to_its_position(asset: str, mode: Mode) -> None:
 @example(b64encode(b"BTCUSDT spot").decode())
 @given(st.text(max_size=60))
 def test_cursor_nobody_was_given_is_refused_or_harmless(text: str) -> None:
-    try:
-        cursor = _listed(("cursor", text)).cursor
-    except BadParameters:
+    found, faults = parsed(Listed, MultiDict([("cursor", text)]))
+    if faults:
         return
-    assert cursor
-    assert parse(One, MultiDict(), {"asset": cursor.asset}).asset == cursor.asset
+    assert isinstance(found, Listed)
+    assert found.cursor
+    assert _read(OfAsset, ("asset", found.cursor.asset)).asset == found.cursor.asset

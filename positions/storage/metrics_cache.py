@@ -1,0 +1,114 @@
+"""The portfolio's figures in Redis, for all processes: each entry holds for one version of the portfolio.
+
+A recomputation begun before an update is stored under the version it read, so it is never served after the
+update. Redis away or slow means slower, never wrong: whoever asks computes for itself.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import redis
+import structlog
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+log = structlog.get_logger(__name__)
+
+TIMEOUT_S = 0.2
+COMPUTE_S = 2
+"""How long one process may compute while the others wait for it: the life of its lock."""
+WAIT_S = 0.3
+"""How long another waits before it computes for itself."""
+POLL_S = 0.01
+AWAY_S = 1.0
+"""How long Redis is left alone after it failed, so that not every request pays its timeout."""
+
+Outcome = Literal["hit", "miss", "unavailable"]
+Made = tuple[int, Mapping[str, bytes]]
+"""The version that figures were read at, and each of them by name."""
+
+
+class MetricsCache:
+    """The cache as one process uses it; its threads may share it."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        prefix: str,
+        ttl_s: int,
+        connections: int,
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            url: of Redis.
+            prefix: of every key: tells services and databases apart that share a Redis.
+            ttl_s: longest life of an entry.
+            connections: most connections at once.
+        """
+        pool = redis.BlockingConnectionPool.from_url(
+            url,
+            max_connections=connections,
+            timeout=TIMEOUT_S,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._redis = redis.Redis(connection_pool=pool)
+        self._prefix = prefix
+        self._ttl_s = ttl_s
+        self._away_until = 0.0
+
+    def get(self, version: int, name: str, make: Callable[[], Made]) -> tuple[int, bytes, Outcome]:
+        """Return the figures called ``name`` at ``version`` or a later one, which that is, and from where.
+
+        Of all processes that miss, one calls ``make``; the others wait a little for what it stores.
+        """
+        try:
+            found = None if self._away() else self._from_redis(version, name)
+        except redis.RedisError as error:
+            self._leave_alone(error)
+            found = None
+        if found is not None:
+            return version, found, "hit"
+        outcome: Outcome = "unavailable" if self._away() else "miss"
+        made_at, made = make()
+        self._store(made_at, made)
+        return made_at, made[name], outcome
+
+    def _from_redis(self, version: int, name: str) -> bytes | None:
+        """Return what is stored; None where it is for the caller to compute."""
+        key = self._key(version)
+        found: bytes | None = self._redis.hget(key, name)  # type: ignore[assignment]
+        if found is not None or self._redis.set(f"{key}:lock", "1", nx=True, ex=COMPUTE_S):
+            return found
+        end = time.monotonic() + WAIT_S
+        while found is None and time.monotonic() < end:
+            time.sleep(POLL_S)
+            found = self._redis.hget(key, name)  # type: ignore[assignment]
+        return found
+
+    def _store(self, version: int, made: Mapping[str, bytes]) -> None:
+        if self._away():
+            return
+        key = self._key(version)
+        try:
+            with self._redis.pipeline(transaction=True) as pipe:
+                pipe.hset(key, mapping=dict(made))
+                pipe.expire(key, self._ttl_s)
+                pipe.delete(f"{key}:lock")
+                pipe.execute()
+        except redis.RedisError as error:
+            self._leave_alone(error)
+
+    def _key(self, version: int) -> str:
+        return f"{self._prefix}:portfolio:{version}"
+
+    def _away(self) -> bool:
+        return time.monotonic() < self._away_until
+
+    def _leave_alone(self, error: redis.RedisError) -> None:
+        self._away_until = time.monotonic() + AWAY_S
+        log.warning("cache_unavailable", reason=type(error).__name__)

@@ -1,0 +1,62 @@
+"""Answers to what is asked most: with a tag to compare, and given again as long as nothing changed."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flask import Response, request
+from sqlalchemy import Connection
+
+from positions.storage import portfolio
+from positions.storage.database import transaction
+from positions.web.memory import TAG_CHARS, Answer
+from positions.web.metrics import cache_outcome
+from positions.web.resources import resources
+
+
+def kept(make: Callable[[Connection], Mapping[str, Any]]) -> Response:
+    """Answer the present request with what ``make`` returns, or with the same again if nothing changed.
+
+    The portfolio's version is asked for every time: what was committed before the request is in the answer.
+    """
+    answers, question = resources().answers, (request.path, request.query_string)
+    found = answers.get(question, resources().version())
+    if found is None:
+        with transaction(resources().reads) as connection:
+            version = portfolio.version(connection)
+            found = Answer.of(make(connection))
+        answers.put(question, version, found)
+    return respond(found)
+
+
+def respond(answer: Answer) -> Response:
+    """Return ``answer``, or 304 to a client that has it."""
+    tag = f'W/"{answer.tag}"'
+    if "If-None-Match" in request.headers and request.if_none_match.contains_weak(answer.tag):
+        return Response(status=304, headers={"ETag": tag})
+    return Response(answer.body, mimetype="application/json", headers={"ETag": tag})
+
+
+def kept_by_all(name: str, make: Callable[[Connection], Mapping[str, Mapping[str, Any]]]) -> Response:
+    """Answer with ``name`` of what ``make`` returns; all processes share it until something changes.
+
+    Where none of them has it, one computes: what it stores in the cache serves the others.
+    """
+    own = resources()
+    version = own.version()
+    found = own.answers.get(name, version)
+    if found is not None:
+        cache_outcome("hit")
+        return respond(found)
+
+    def made() -> tuple[int, dict[str, bytes]]:
+        with transaction(own.reads) as connection:
+            made_at = portfolio.version(connection)
+            data = make(connection)
+        answers = {each: Answer.of(figures) for each, figures in data.items()}
+        return made_at, {each: answer.tag.encode() + answer.body for each, answer in answers.items()}
+
+    version, stored, outcome = own.metrics.get(version, name, made)
+    cache_outcome(outcome)
+    found = Answer(stored[TAG_CHARS:], stored[:TAG_CHARS].decode())
+    own.answers.put(name, version, found)
+    return respond(found)

@@ -1,0 +1,66 @@
+"""The last answers of a process, to be given again as long as no position has changed."""
+
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Self
+
+KEPT_S = 1.0
+"""The few figures that follow from the time (minutes held, staleness) may be as old."""
+KEPT_MAX_BYTES = 16 * 1024 * 1024
+"""Of all answers a process keeps."""
+
+ENTRY_BYTES = 1000
+"""What an answer takes beside its body."""
+TAG_CHARS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A body and what to compare it by."""
+
+    body: bytes
+    tag: str
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Self:
+        """Return ``data`` as JSON; the tag leaves out when it was calculated."""
+        body = json.dumps(data, separators=(",", ":")).encode()
+        told = body
+        if "calculated_at" in data:
+            told = json.dumps({**data, "calculated_at": None}, separators=(",", ":")).encode()
+        return cls(body, blake2b(told, digest_size=TAG_CHARS // 2).hexdigest())
+
+
+class LastAnswers:
+    """The last answers of a process, by question: each holds for one version of the portfolio."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[object, tuple[int, float, Answer]] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, question: object, version: int) -> Answer | None:
+        """Return the answer to ``question`` at ``version``, where it is kept and not too old."""
+        found = self._kept.get(question)
+        if found is None or found[0] != version or self._clock() - found[1] > KEPT_S:
+            return None
+        return found[2]
+
+    def put(self, question: object, version: int, answer: Answer) -> None:
+        """Keep an answer; those that were kept first make room."""
+        with self._lock:
+            self._drop(question)
+            self._kept[question] = version, self._clock(), answer
+            self._bytes += len(answer.body) + ENTRY_BYTES
+            while self._bytes > KEPT_MAX_BYTES:
+                self._drop(next(iter(self._kept)))
+
+    def _drop(self, question: object) -> None:
+        if gone := self._kept.pop(question, None):
+            self._bytes -= len(gone[2].body) + ENTRY_BYTES

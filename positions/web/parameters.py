@@ -83,7 +83,7 @@ def _moment(text: str) -> datetime:
         # A plus that nobody escaped is a space by now.
         if not text.isprintable():  # Python lets a NUL at the end pass
             raise ValueError
-        at = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)
+        at = datetime.fromisoformat((text.replace(" ", "+") if "T" in text else text).replace("\0", "?"))
         return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     except (ValueError, OverflowError):
         raise ValueError("must be a time as ISO 8601, like 2025-01-15T10:00:00Z") from None

@@ -114,11 +114,11 @@ def relay(env: Mapping[str, str], folder: Path) -> Iterator[Process]:
 
 
 @contextmanager
-def web(env: Mapping[str, str], folder: Path) -> Iterator[str]:
-    """Run the REST API and yield its address."""
+def web(env: Mapping[str, str], folder: Path, *, app: str = "positions.web:create_app()") -> Iterator[str]:
+    """Run the REST API, or another application as it is run, and yield its address."""
     port = Port()
     process = Process(
-        ["gunicorn", "-c", "python:positions.web.gunicorn_conf", "positions.web:create_app()"],
+        ["gunicorn", "-c", "python:positions.web.gunicorn_conf", app],
         {**env, "POSITION_MANAGER_PORT": str(port.number)},
         folder / "web.log",
     )

@@ -1,0 +1,12 @@
+"""The ceiling of the API's benchmark: a Flask view that returns a constant, under the API's own server."""
+
+from flask import Flask, Response
+
+app = Flask(__name__)
+BODY = b'{"a":"constant"}'
+
+
+@app.get("/")
+def constant() -> Response:
+    """Return the same, whoever asks."""
+    return Response(BODY, mimetype="application/json")

@@ -8,19 +8,72 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+)
 
 PREFIX = "POSITION_MANAGER_"
 
 
 class SettingsError(ValueError):
     """A setting is missing or wrong; the message names the variable."""
+
+
+REQUESTS_PER_MINUTE_MAX = 1_000_000
+KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
+"""Names of keys: they stand in log lines and in Redis."""
+DEFAULT_KEY = "default"
+"""Name of the one key of the older service."""
+
+Role = Literal["read", "operate"]
+
+
+def moment(text: object) -> datetime:
+    """Return the moment that ISO 8601 ``text`` names; a day is its beginning, and no zone is UTC.
+
+    Raises:
+        ValueError: it names none.
+    """
+    try:
+        at = datetime.fromisoformat(text) if isinstance(text, str) else None
+        if at is not None:
+            return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError("must be a time as ISO 8601, like 2027-01-31T00:00:00Z")
+
+
+class KeyEntry(BaseModel):
+    """A key in the settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    name: str = Field(pattern=f"^{KEY_NAME.pattern}$")
+    hash: str = Field(pattern="^[0-9A-Fa-f]{64}$", description="SHA-256 of the key.")
+    role: Role = "read"
+    tier: int | None = Field(None, ge=1, le=REQUESTS_PER_MINUTE_MAX, description="Requests a minute.")
+    expires: Annotated[
+        datetime | None, BeforeValidator(lambda text: None if text is None else moment(text))
+    ] = None
+
+
+_ENTRIES = TypeAdapter(list[KeyEntry])
 
 
 def _env(name: str, *others: str) -> Any:
@@ -61,7 +114,11 @@ class Settings(BaseModel):
     )
     rate_limit_enabled: bool = Field(True, validation_alias=_env("RATE_LIMIT_ENABLED"))
     rate_limit_default: int = Field(
-        100, validation_alias=_env("RATE_LIMIT_DEFAULT"), ge=1, le=1_000_000, description="Requests a minute."
+        100,
+        validation_alias=_env("RATE_LIMIT_DEFAULT"),
+        ge=1,
+        le=REQUESTS_PER_MINUTE_MAX,
+        description="Requests a minute.",
     )
     rate_limit_overrides: SecretStr | None = Field(
         None,
@@ -224,10 +281,66 @@ class Settings(BaseModel):
         password = f":{quote(self.redis_password.get_secret_value(), '')}@" if self.redis_password else ""
         return f"redis://{password}{self.redis_host or '127.0.0.1'}:{self.redis_port}/0"
 
+    @cached_property
+    def keys(self) -> tuple[KeyEntry, ...]:
+        """The keys of `api_keys`.
+
+        Raises:
+            SettingsError: names the entry by its number: whatever stands in it may be the key itself.
+        """
+        variable, text = PREFIX + "API_KEYS", self.api_keys.get_secret_value() if self.api_keys else "[]"
+        if not text.startswith("["):
+            try:
+                text = Path(text).read_text()
+            except (OSError, ValueError) as error:
+                reason = (isinstance(error, OSError) and error.strerror) or "it is no text"
+                raise SettingsError(
+                    f"{variable}: no JSON list, and as a file it cannot be read: {reason}"
+                ) from None
+        try:
+            entries = tuple(_ENTRIES.validate_json(text))
+        except ValidationError as error:
+            lines = [": ".join((*_place(each["loc"]), each["msg"])) for each in error.errors()]
+            raise SettingsError(f"{variable}: {'; '.join(lines)}") from None
+        taken = {DEFAULT_KEY} if self.api_key else set()
+        for number, entry in enumerate(entries, 1):
+            for name, value in (("name", entry.name), ("hash", entry.hash.lower())):
+                if value in taken:
+                    raise SettingsError(f"{variable}: entry {number}: {name}: another key has it")
+                taken.add(value)
+        return entries
+
+    @cached_property
+    def limits(self) -> dict[str, int]:
+        """Requests a minute by name of a key or the key itself: `rate_limit_overrides`.
+
+        Raises:
+            SettingsError: names the entry by its number: whatever stands in it may be the key itself.
+        """
+        text = self.rate_limit_overrides.get_secret_value() if self.rate_limit_overrides else ""
+        found = {}
+        for number, entry in enumerate(text.split(","), 1):
+            if not entry.strip():
+                continue
+            whose, colon, limit = entry.strip().rpartition(":")
+            if not (colon and whose.strip() and re.fullmatch("[0-9]{1,7}", limit.strip())) or not (
+                1 <= int(limit) <= REQUESTS_PER_MINUTE_MAX
+            ):
+                raise SettingsError(
+                    f"{PREFIX}RATE_LIMIT_OVERRIDES: entry {number}: must be key-or-name:limit,"
+                    f" the limit from 1 to {REQUESTS_PER_MINUTE_MAX}"
+                )
+            found[whose.strip()] = int(limit)
+        return found
+
     @property
     def queues(self) -> tuple[str, ...]:
         """The foreign queues the intake consumes."""
         return (self.position_queue, *self.order_queues)
+
+
+def _place(loc: tuple[int | str, ...]) -> list[str]:
+    return [f"entry {each + 1}" if isinstance(each, int) else each for each in loc]
 
 
 def variables() -> dict[str, str]:

@@ -2,16 +2,56 @@
 
 import hashlib
 import hmac
-from collections.abc import Callable
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TypeVar
 
+import structlog
 from flask import Flask, current_app, g, request
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import Unauthorized
+from werkzeug.exceptions import Forbidden, Unauthorized
 
-from positions.settings import PREFIX, Settings, SettingsError
+from positions.errors import PositionsError, Unavailable
+from positions.settings import DEFAULT_KEY, PREFIX, Role, Settings, SettingsError
+from positions.storage import api_keys
+from positions.storage.database import transaction
+from positions.web import limits
+from positions.web.resources import NAME
 
+log = structlog.get_logger(__name__)
 View = TypeVar("View", bound=Callable[..., object])
+
+# What any key may do: none of them changes anything.
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+READ_AGAIN_S = 2.0
+"""Keys of the database that are older are read anew, while requests go on with what there is."""
+TRUSTED_S = 4.0
+"""Keys of the database that are older are not used before they are read anew: a revocation works by then."""
+PAUSE_S = 1.0
+"""The database is not asked more often, whatever keys come in."""
+WAIT_S = 0.5
+"""So long a request waits for the keys: with the database away, it goes on with the last ones known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Key:
+    """A key that may be used."""
+
+    name: str
+    role: Role
+    requests_per_minute: int
+    expires_at: datetime | None = None
+
+
+Keys = Mapping[bytes, Key]
+"""Keys by the SHA-256 of what the client sends."""
 
 
 def public(view: View) -> View:
@@ -27,41 +67,180 @@ def needs_operate(view: View) -> View:
 
 
 def init(app: Flask, settings: Settings) -> None:
-    """Let only requests with the key pass, whether or not there is anything at their address.
+    """Let only requests with a key pass, whether or not there is anything at their address; limit them.
+
+    `g.key` and `g.key_name` are those of the request from then on.
 
     Raises:
-        SettingsError: no key is set.
+        SettingsError: a key or a limit is wrong, or no key is set.
     """
-    expected = _digest(required_key(settings))
-    realm = settings.service_name
+    ring = KeyRing(keys_of(settings), lambda: _stored(app.extensions[NAME].reads, settings))
+    challenge = WWWAuthenticate("ApiKey", {"realm": settings.service_name})
 
-    def check() -> None:
-        view = current_app.view_functions.get(request.endpoint or "")
-        if getattr(view, "public", False):
+    def identify() -> None:
+        if getattr(_view(), "public", False):
             return
         given = request.headers.get("X-API-Key")
-        # Digests, so that neither the time nor the length compared tells anything of the key. WSGI
-        # hands over the header's bytes as Latin-1.
-        if given is None or not hmac.compare_digest(_digest(given.encode("latin-1")), expected):
-            raise Unauthorized(
-                "The header X-API-Key is missing." if given is None else "The API key is not known here.",
-                www_authenticate=WWWAuthenticate("ApiKey", {"realm": realm}),
-            )
-        g.key_name = "default"
+        if given is None:
+            g.refusal = "The header X-API-Key is missing."
+            return
+        # WSGI hands over the header's bytes as Latin-1.
+        key = ring.find(given.encode("latin-1"))
+        if key is None:
+            g.refusal = "The API key is not known here."
+            g.wrong_key = True
+            return
+        g.key_name = key.name
+        if key.expires_at and key.expires_at <= datetime.now(UTC):
+            g.refusal = "The API key has expired."
+            return
+        g.key = key
 
-    app.before_request(check)
+    def authorise() -> None:
+        if "refusal" in g:
+            raise Unauthorized(g.refusal, www_authenticate=challenge)
+        view = _view()
+        if view is None or "key" not in g or g.key.role == "operate":
+            return
+        if getattr(view, "needs_operate", False) or request.method not in _SAFE_METHODS:
+            raise Forbidden("This needs a key of the role operate.")
+
+    app.before_request(identify)
+    # In between: a wrong key counts against its address before it is told that it is wrong.
+    limits.init(app, settings)
+    app.before_request(authorise)
 
 
-def required_key(settings: Settings) -> bytes:
-    """Return the one API key.
+def keys_of(settings: Settings) -> dict[bytes, Key]:
+    """Return the keys in the settings.
 
     Raises:
-        SettingsError: there is none.
+        SettingsError: one of them or a limit is wrong, or there is no setting for keys. An empty list of
+            keys is one: it says that all of them are in the database.
     """
-    if settings.api_key is None:
+    if settings.api_key is None and settings.api_keys is None:
         raise SettingsError(f"{PREFIX}API_KEY: required, the key that clients send as X-API-Key")
-    return settings.api_key.get_secret_value().encode()
+    found = {}
+    for entry in settings.keys:
+        digest = bytes.fromhex(entry.hash)
+        found[digest] = Key(
+            name=entry.name,
+            role=entry.role,
+            requests_per_minute=_limit(settings, entry.name, entry.hash, entry.tier),
+            expires_at=entry.expires,
+        )
+    if settings.api_key is not None:
+        key = settings.api_key.get_secret_value().encode()
+        digest = hashlib.sha256(key).digest()
+        limit = _limit(settings, DEFAULT_KEY, digest.hex(), None)
+        found[digest] = Key(name=DEFAULT_KEY, role="operate", requests_per_minute=limit)
+    return found
 
 
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+def _stored(engine: Engine, settings: Settings) -> dict[bytes, Key]:
+    with transaction(engine) as connection:
+        rows = api_keys.valid(connection)
+    return {
+        bytes.fromhex(row.digest): Key(
+            name=row.name,
+            role=row.role,
+            requests_per_minute=_limit(settings, row.name, row.digest, row.requests_per_minute),
+            expires_at=row.expires_at,
+        )
+        for row in rows
+    }
+
+
+def _limit(settings: Settings, name: str, digest: str, tier: int | None) -> int:
+    """Return the requests a minute of a key: as overridden by name or by the key itself, or its tier."""
+    for whose, limit in settings.limits.items():
+        if whose == name or api_keys.digest_of(whose.encode()) == digest.lower():
+            return limit
+    return tier or settings.rate_limit_default
+
+
+class KeyRing:
+    """The keys of one process: those of the settings, and those of the database as last read.
+
+    A key that is known costs no I/O. The database is read by a thread of its own, so that one that hangs
+    holds up nobody for longer than `WAIT_S`.
+
+    Args:
+        own: keys of the settings, which need no database.
+        read: returns those of the database; may raise `Unavailable`.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, own: Keys, read: Callable[[], Keys], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._secret = secrets.token_bytes(32)
+        self._own = self._indexed(own.items())
+        self._read = read
+        self._clock = clock
+        self._stored: dict[bytes, tuple[bytes, Key]] = {}
+        self._read_at: float | None = None
+        self._lock = threading.Lock()
+        self._asked_at = float("-inf")
+        self._reading: threading.Event | None = None
+
+    def find(self, given: bytes) -> Key | None:
+        """Return the key that a client gave, expired or not; None if there is no such key.
+
+        Raises:
+            Unavailable: it is none of the settings', and those of the database could never be read.
+        """
+        digest = hashlib.sha256(given).digest()
+        index = self._index(digest)
+        if key := _same(self._own.get(index), digest):
+            return key
+        age = float("inf") if self._read_at is None else self._clock() - self._read_at
+        if age > READ_AGAIN_S:
+            self._read_anew(wait=age > TRUSTED_S)
+        key = _same(self._stored.get(index), digest)
+        if key is None:
+            self._read_anew(wait=True)
+            key = _same(self._stored.get(index), digest)
+        if key is None and self._read_at is None:
+            raise Unavailable("the API keys could not be read yet")
+        return key
+
+    def _indexed(self, keys: Iterable[tuple[bytes, Key]]) -> dict[bytes, tuple[bytes, Key]]:
+        return {self._index(digest): (digest, key) for digest, key in keys}
+
+    def _index(self, digest: bytes) -> bytes:
+        # With a secret: how long the dictionary takes to look at similar entries says nothing of the
+        # digests, let alone of the keys.
+        return hashlib.blake2b(digest, key=self._secret, digest_size=16).digest()
+
+    def _read_anew(self, *, wait: bool) -> None:
+        with self._lock:
+            now = self._clock()
+            if self._reading is None and now - self._asked_at >= PAUSE_S:
+                self._asked_at = now
+                self._reading = threading.Event()
+                threading.Thread(target=self._fetch, args=(self._reading,), daemon=True).start()
+            reading, left_s = self._reading, self._asked_at + WAIT_S - now
+        # Who comes while the database hangs does not wait as well.
+        if wait and reading is not None and left_s > 0:
+            reading.wait(left_s)
+
+    def _fetch(self, done: threading.Event) -> None:
+        began_at = self._clock()
+        try:
+            self._stored = self._indexed(self._read().items())
+            self._read_at = began_at
+        except (PositionsError, SQLAlchemyError) as error:
+            log.warning("api_keys_unreadable", reason=str(error).partition("\n")[0])
+        finally:
+            with self._lock:
+                self._reading = None
+            done.set()
+
+
+def _same(found: tuple[bytes, Key] | None, digest: bytes) -> Key | None:
+    return found[1] if found and hmac.compare_digest(found[0], digest) else None
+
+
+def _view() -> Callable[..., object] | None:
+    return current_app.view_functions.get(request.endpoint or "")

@@ -1,0 +1,267 @@
+"""How often who may ask: requests a minute for each key, and for each address that sends wrong keys.
+
+flask-limiter does it, on Redis, and in the process's own memory while Redis is away. Two parts of it are
+replaced, as each request pays for them: which of many limits apply (here it is one), and how Redis is asked
+(once, instead of once for the hit and once more for the headers).
+"""
+
+import hashlib
+import math
+import threading
+import time
+from functools import lru_cache
+from ipaddress import IPv6Address, ip_address, ip_network
+from typing import Any
+
+import redis
+from flask import Flask, Response, g, request
+from flask_limiter import Limit as FlaskLimit
+from flask_limiter import Limiter, RateLimitExceeded, RequestLimit
+from flask_limiter._limits import RuntimeLimit
+from limits import RateLimitItemPerMinute
+from limits.storage import RedisStorage
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+from positions.settings import PREFIX, Settings, SettingsError
+from positions.web.problems import problem
+
+WRONG_KEYS_PER_MINUTE = 20
+"""From one address. A person who mistypes, or a service with an old key that tries again, stays below for a
+while; of 32 random bytes nobody guesses one at any rate, but the log and the processor are spared."""
+TIMEOUT_S = 0.2
+WINDOW_S = 60
+
+_SCOPE = "api"
+_SCHEMES = ("redis", "rediss", "unix")
+
+_SCRIPT = """
+local times, limit, window_us, amount =
+    KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2]) * 1000000, tonumber(ARGV[3])
+local clock = redis.call('TIME')
+local now = clock[1] * 1000000 + clock[2]
+-- What has left the window goes: by the thousand first, so that a long list is not walked one by one.
+for _, step in ipairs({1000, 1}) do
+    local oldest = redis.call('LINDEX', times, -step)
+    while oldest and tonumber(oldest) <= now - window_us do
+        redis.call('LTRIM', times, 0, -step - 1)
+        oldest = redis.call('LINDEX', times, -step)
+    end
+end
+local held = redis.call('LLEN', times)
+local passed = held + amount <= limit
+if passed and amount > 0 then
+    for _ = 1, amount do
+        redis.call('LPUSH', times, now)
+    end
+    redis.call('PEXPIRE', times, window_us / 1000)
+    held = held + amount
+end
+local oldest = redis.call('LINDEX', times, -1)
+return {passed and 1 or 0, held, oldest and now - oldest or 0}
+"""
+_SHA = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
+
+
+def init(app: Flask, settings: Settings) -> None:
+    """Limit the requests of `g.key`, and of addresses with `g.wrong_key`; others are not limited.
+
+    Wrong keys are counted for each address, and beyond `WRONG_KEYS_PER_MINUTE` answered with 429 instead of
+    401. A right key from the same address is not held back by that: otherwise whoever shares a proxy or a
+    host with the risk manager could lock it out by sending rubbish.
+
+    Raises:
+        SettingsError: the URL of Redis is none.
+    """
+    if settings.trusted_proxies:
+        app.wsgi_app = ProxyFix(  # type: ignore[method-assign]
+            app.wsgi_app, x_for=settings.trusted_proxies, x_proto=0, x_host=0
+        )
+    if not settings.rate_limit_enabled:
+        return
+    if settings.redis.partition("://")[0] not in _SCHEMES:
+        raise SettingsError(f"{PREFIX}REDIS_URL: must begin with one of {', '.join(_SCHEMES)} and ://")
+    limiter = _Limiter(
+        _whose,
+        storage_uri=f"positions+{settings.redis}",
+        # Not counted again after a timeout; whoever waited 0.2 s has waited enough.
+        storage_options={
+            "socket_timeout": TIMEOUT_S,  # type: ignore[dict-item]
+            "socket_connect_timeout": TIMEOUT_S,  # type: ignore[dict-item]
+            "retry": Retry(NoBackoff(), 0),  # type: ignore[dict-item]
+            "key_prefix": f"{settings.service_name}:limits",
+        },
+        strategy="moving-window",
+        default_limits=[FlaskLimit(lambda: f"{_amount()}/minute", exempt_when=_exempt)],
+        # One limit for the whole of the API, and for addresses where there is nothing.
+        request_identifier=lambda: _SCOPE,
+        in_memory_fallback_enabled=True,
+        headers_enabled=False,
+    )
+    limiter.init_app(app)
+    # It says of each refusal what the request's own line says.
+    limiter.logger.addFilter(_is_no_refusal)
+
+    @app.after_request
+    def show(response: Response) -> Response:
+        if (limit := limiter.current_limit) is not None:
+            remaining, reset_s = _window(limit)
+            headers = response.headers
+            headers["RateLimit-Limit"] = str(limit.limit.amount)
+            headers["RateLimit-Remaining"] = str(remaining)
+            headers["RateLimit-Reset"] = str(reset_s)
+            if limit.breached:
+                headers["Retry-After"] = str(reset_s)
+        return response
+
+    app.register_error_handler(RateLimitExceeded, _refused)
+
+
+def _exempt() -> bool:
+    return "key" not in g and "wrong_key" not in g
+
+
+def _whose() -> str:
+    return f"key:{g.key.name}" if "key" in g else f"address:{network(request.remote_addr)}"
+
+
+def _amount() -> int:
+    return g.key.requests_per_minute if "key" in g else WRONG_KEYS_PER_MINUTE
+
+
+def network(address: str | None) -> str:
+    """Return what counts as one address: of IPv6 the first 64 bits, as one host has all the rest.
+
+    What is no address, which only a proxy or a Unix socket can send, is all one.
+    """
+    try:
+        found = ip_address(address or "")
+    except ValueError:
+        return "unknown"
+    if isinstance(found, IPv6Address):
+        if found.ipv4_mapped:
+            return str(found.ipv4_mapped)
+        return str(ip_network((int(found), 64), strict=False))
+    return str(found)
+
+
+def _is_no_refusal(record: object) -> bool:
+    return not str(getattr(record, "msg", "")).startswith("ratelimit ")
+
+
+def _window(limit: RequestLimit) -> tuple[int, int]:
+    """Return how many requests remain, and in how many seconds the first that counts no longer does."""
+    try:
+        frees_at, remaining = limit.window
+    except redis.RedisError:
+        # Gone since it counted this request.
+        frees_at, remaining = time.time() + WINDOW_S, 0
+    return max(remaining, 0), min(max(math.ceil(frees_at - time.time()), 1), WINDOW_S)
+
+
+def _refused(_: RateLimitExceeded) -> Response:
+    if "key" in g:
+        detail = f"The key {g.key.name} may make {g.key.requests_per_minute} requests a minute."
+    else:
+        detail = f"More than {WRONG_KEYS_PER_MINUTE} wrong API keys came from this address within a minute."
+    return problem(429, code="rate_limited", title="Too Many Requests", detail=detail)
+
+
+@lru_cache(1000)
+def _per_minute(amount: int) -> RateLimitItemPerMinute:
+    return RateLimitItemPerMinute(amount)
+
+
+class _Limiter(Limiter):
+    def _check_request_limit(self, callable_name: str | None = None, in_middleware: bool = True) -> None:
+        """Count the request against the one limit it has, the short way while Redis answers.
+
+        The long way is flask-limiter's own, with its switch to memory and back. It lets an error pass where
+        another thread saw Redis go a moment before: then Redis is known to be away, and the second try ends.
+        """
+        if not self._storage_dead:
+            try:
+                return self._count()
+            except redis.RedisError:
+                pass
+        while True:
+            try:
+                return super()._check_request_limit(callable_name, in_middleware)
+            except redis.RedisError:
+                self.context.seen_limits.clear()
+
+    def _count(self) -> None:
+        if _exempt():
+            return
+        item, names = _per_minute(_amount()), [_whose(), _SCOPE]
+        passed = self.limiter.hit(item, *names)
+        self.context.view_rate_limit = RequestLimit(self, item, names, not passed, False)
+        if not passed:
+            raise RateLimitExceeded(RuntimeLimit(item, _whose, None))
+
+
+class _OneCall(RedisStorage):
+    """A moving window in Redis that tells with each hit what the headers say.
+
+    It is exact: no minute, wherever it begins, has more requests than the limit, and a request is refused
+    only if the minute before it was full. The window is a list of times, by the clock of Redis, so that the
+    clocks of the web's hosts do not matter; of a key with 1,000 requests a minute, it takes some 20 kB.
+    """
+
+    STORAGE_SCHEME = [f"positions+{scheme}" for scheme in _SCHEMES]  # noqa: RUF012 - as in the class below it
+
+    def __init__(self, uri: str, **options: Any) -> None:
+        super().__init__(uri.removeprefix("positions+"), **options)
+        # A connection for each thread costs half of what the pool does: the pool asks the kernel before each
+        # use whether the connection is still there.
+        self._of_thread = threading.local()
+
+    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        passed, held, age_us = self._ask(key, limit, expiry, amount)
+        self._of_thread.last = key, (time.time() - age_us / 1_000_000, held)
+        return bool(passed)
+
+    def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
+        last: tuple[str, tuple[float, int]] | None = getattr(self._of_thread, "last", None)
+        if last and last[0] == key:
+            self._of_thread.last = None
+            return last[1]
+        _, held, age_us = self._ask(key, limit, expiry, 0)
+        return time.time() - age_us / 1_000_000, held
+
+    def check(self) -> bool:
+        """Tell whether Redis can count: one that answers, but refuses to write, cannot."""
+        try:
+            self._ask("check", 1000, 1, 1)
+        except redis.RedisError:
+            return False
+        return True
+
+    def _ask(self, key: str, limit: int, expiry: int, amount: int) -> tuple[int, int, int]:
+        connection = getattr(self._of_thread, "connection", None)
+        if connection is None:
+            connection = self._of_thread.connection = self.storage.connection_pool.make_connection()
+        arguments = (1, self.prefixed_key(key), limit, expiry, amount)
+        try:
+            return self._run(connection, *arguments)
+        except redis.ConnectionError:
+            # Redis, or something on the way, has closed it since its last use.
+            return self._run(connection, *arguments)
+
+    @staticmethod
+    def _run(connection: Any, *arguments: object) -> tuple[int, int, int]:
+        try:
+            try:
+                connection.send_command("EVALSHA", _SHA, *arguments)
+                passed, held, age_us = connection.read_response()
+            except redis.exceptions.NoScriptError:
+                connection.send_command("EVAL", _SCRIPT, *arguments)
+                passed, held, age_us = connection.read_response()
+        except redis.ResponseError:
+            raise
+        except BaseException:
+            # Whatever came between, the next one must not read the answer to this.
+            connection.disconnect()
+            raise
+        return passed, held, age_us

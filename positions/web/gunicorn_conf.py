@@ -16,12 +16,12 @@ from positions import log_config
 from positions.settings import SettingsError, load
 from positions.storage.database import bound_waits
 from positions.web import metrics
-from positions.web.auth import required_key
+from positions.web.auth import keys_of
 
 try:
     _settings = load()
     # Said once, here, and not by each worker that fails to boot.
-    required_key(_settings)
+    keys_of(_settings)
 except SettingsError as error:
     sys.exit(f"positions: {error}")
 

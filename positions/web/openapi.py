@@ -4,13 +4,14 @@ Paths, parameters and answers come from the views; what holds for many of them, 
 added here.
 """
 
-from importlib import metadata, resources
+from importlib import resources
 from typing import Any
 
 from flask import Blueprint, Response, abort
 from flask_openapi3 import APIBlueprint, Info, OpenAPI, Tag
 from pydantic import BaseModel, ConfigDict
 
+from positions import __version__
 from positions.web.auth import public
 
 _KEY = "key"
@@ -89,7 +90,7 @@ def application() -> OpenAPI:
     """Return the Flask application that gathers what its views say of themselves."""
     return OpenAPI(
         "positions",
-        info=Info(title="positions", version=metadata.version("positions"), description=_DESCRIPTION),
+        info=Info(title="positions", version=__version__, description=_DESCRIPTION),
         security_schemes={_KEY: {"type": "apiKey", "in": "header", "name": "X-API-Key"}},
         validation_error_status=400,
         validation_error_model=Problem,

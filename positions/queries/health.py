@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, func, select
 
 from positions.errors import Unavailable
-from positions.storage import migrate
 from positions.storage.portfolio import is_open
 from positions.storage.tables import ledger, outbox, positions, quarantine
 
 COUNT_MAX = 100_000
+INTAKE_QUEUE = "position-manager.intake"
+"""Each worker's intake consumes it and nobody publishes to it: its consumers are our workers, which is how
+health tells the consumers of a foreign queue that are ours from those that are not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,5 +68,10 @@ def require_migrated(connection: Connection) -> None:
 
 @cache
 def _older_revisions() -> frozenset[str]:
+    # Workers import this module too, and need no Alembic.
+    from alembic.script import ScriptDirectory
+
+    from positions.storage import migrate
+
     script = ScriptDirectory.from_config(migrate.config(""))
     return frozenset(each.revision for each in script.walk_revisions()) - set(script.get_heads())

@@ -36,6 +36,7 @@ from celery.worker.request import Request
 from kombu.utils.uuid import uuid
 
 from positions.errors import ConcurrencyConflict, Unavailable
+from positions.queries.health import INTAKE_QUEUE
 from positions.settings import Settings
 from positions.tasks import resources
 from positions.tasks.events import TASK_NAME, RawMessage
@@ -145,16 +146,16 @@ class Settlement:
 
     def __init__(self, channel: Any, *, multiple: bool) -> None:
         self.channel = channel
-        self._multiple = multiple
+        self.multiple = multiple
         self._open: deque[Any] = deque()
         self._settled: dict[Any, bool] = {}
 
     def opened(self, tag: Any) -> None:
-        if self._multiple:
+        if self.multiple:
             self._open.append(tag)
 
     def acknowledge(self, tags: Sequence[Any]) -> None:
-        if not self._multiple:
+        if not self.multiple:
             for tag in tags:
                 self.channel.basic_ack(tag)
             return
@@ -164,7 +165,7 @@ class Settlement:
     def give_back(self, tags: Sequence[Any]) -> None:
         for tag in tags:
             self.channel.basic_reject(tag, requeue=True)
-        if self._multiple:
+        if self.multiple:
             self._settled.update(dict.fromkeys(tags, False))
             self._advance()
 
@@ -220,12 +221,22 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         prefetch = self.settings.batch_size * (self._capacity(c) + 1)
         channel.basic_qos(0, min(prefetch, PREFETCH_MAX), False)
         self.settlement = Settlement(channel, multiple=c.connection.transport.driver_type == "amqp")
+        if self.settlement.multiple:
+            _ensure_queue(c.connection, INTAKE_QUEUE)
 
     def register_with_event_loop(self, c: Any, hub: Any) -> None:
         """Begin to consume."""
         self._hub = hub
         if self.settlement is None:
             return
+        if self.settlement.multiple:  # Redis does not count consumers
+            # First: who looks meanwhile takes none of ours for a stranger.
+            self.settlement.channel.basic_consume(
+                INTAKE_QUEUE,
+                no_ack=True,
+                callback=lambda _message: None,
+                consumer_tag=f"intake.{c.hostname}",
+            )
         for queue in self.settings.queues:
             self.settlement.channel.basic_consume(
                 queue,
@@ -244,6 +255,8 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self._stopping = True
         for queue in self.settings.queues:
             settlement.channel.basic_cancel(f"intake.{c.hostname}.{queue}")
+        if settlement.multiple:
+            settlement.channel.basic_cancel(f"intake.{c.hostname}")
         begun = len(self._in_flight)
         deadline = time.monotonic() + DRAIN_S
         while self._in_flight and self._hub is not None and time.monotonic() < deadline:

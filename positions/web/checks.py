@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import redis
 import structlog
@@ -12,6 +12,7 @@ from kombu import Connection
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from positions.queries.health import INTAKE_QUEUE
 from positions.storage.broker import is_redis
 
 log = structlog.get_logger(__name__)
@@ -29,6 +30,8 @@ class Queue:
     messages: int
     consumers: int | None
     """None where the broker cannot tell: Redis."""
+    ours: int | None
+    """How many of them our workers have, each one; None likewise."""
 
 
 class Checks:
@@ -75,28 +78,38 @@ def queues_at(broker: str, names: Iterable[str]) -> tuple[Queue, ...] | None:
     )
     client = Connection(broker, connect_timeout=TIMEOUT_S, transport_options=options)
     transport = client.transport
-    found = []
+
+    def state(connection: Any, name: str) -> tuple[int, int]:
+        # A channel each: a passive declare of what does not exist closes its channel.
+        channel = transport.create_channel(connection)
+        try:
+            found = channel.queue_declare(name, passive=True)
+        except client.channel_errors:
+            return 0, 0
+        return found.message_count, found.consumer_count
+
     try:
         # Not through the client, which would try again after two seconds.
         connection = transport.establish_connection()
         try:
-            for name in names:
-                # A channel each: a passive declare of what does not exist closes its channel.
-                channel = transport.create_channel(connection)
-                try:
-                    state = channel.queue_declare(name, passive=True)
-                    messages, consumers = state.message_count, state.consumer_count
-                except client.channel_errors:
-                    messages, consumers = 0, 0
-                found.append(
-                    Queue(name=name, messages=messages, consumers=None if redis_broker else consumers)
-                )
+            # Before and after: a worker that comes or goes meanwhile is not taken for a stranger.
+            _, before = state(connection, INTAKE_QUEUE)
+            found = {name: state(connection, name) for name in names}
+            _, after = state(connection, INTAKE_QUEUE)
         finally:
             transport.close_connection(connection)
     except (*client.connection_errors, *client.channel_errors) as error:
         log.warning("broker_unreachable", reason=type(error).__name__)
         return None
-    return tuple(found)
+    return tuple(
+        Queue(
+            name=name,
+            messages=messages,
+            consumers=None if redis_broker else consumers,
+            ours=None if redis_broker else max(before, after),
+        )
+        for name, (messages, consumers) in found.items()
+    )
 
 
 def answers(cache: str) -> bool:

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from http.client import HTTPConnection
-from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
-from kombu import Connection
-from sqlalchemy import create_engine, insert, select
+from sqlalchemy import create_engine, insert
 from structlog.testing import capture_logs
 from werkzeug.test import TestResponse
 
@@ -29,12 +19,9 @@ from positions.settings import SettingsError, load
 from positions.storage import portfolio, tables
 from positions.web import create_app, resources
 from positions.web import positions as positions_routes
-from tests.services import Port, PostgreSQL, RabbitMQ, wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
 KEY = "open-sesame"
 NOWHERE = "127.0.0.1:1"
-QUEUE = "ws-gateway.position"
 
 
 def _environ(database: str, broker: str, redis: str, **more: str) -> dict[str, str]:
@@ -463,249 +450,3 @@ def test_requests_read_only(app: Flask) -> None:
         assert connection.exec_driver_sql("SHOW transaction_read_only").scalar_one() == "on"
         assert connection.exec_driver_sql("SHOW transaction_isolation").scalar_one() == "repeatable read"
         assert connection.exec_driver_sql("SHOW statement_timeout").scalar_one() != "0"
-
-
-# --- health
-
-
-def test_health_of_a_service_that_has_everything(
-    make_app: Make, database_url: str, broker_url: str, redis_url: str
-) -> None:
-    app = make_app(database_url, broker_url, redis_url)
-    updated_at = datetime(2025, 1, 15, 10, 0, tzinfo=UTC)
-    _store(database_url, _flat("BTCUSDT", last_updated=updated_at), _flat("ETHUSDT", last_updated=updated_at))
-    engine = create_engine(database_url)
-    with engine.begin() as connection:
-        connection.execute(
-            insert(tables.outbox).values(event_type="position_updated", trace_id="t", body="{}")
-        )
-    with Connection(broker_url) as broker:
-        channel = broker.channel()
-        channel.queue_declare(QUEUE, durable=True, auto_delete=False)
-        producer = broker.Producer(channel)
-        for _ in range(3):
-            producer.publish({}, routing_key=QUEUE)
-        channel.queue_declare("order-manager.order_events", durable=True, auto_delete=False)
-        channel.basic_consume("order-manager.order_events", no_ack=True)
-
-        def body() -> dict[str, Any]:
-            app.extensions[resources.NAME].checks.queues._last = None  # ask anew
-            response = app.test_client().get("/health")
-            assert response.status_code == 200
-            found: dict[str, Any] = response.get_json()
-            return found
-
-        assert wait_until(lambda: body()["backlog"] == 4, limit_s=5)
-        health = body()
-    assert health.pop("timestamp").endswith("Z")
-    assert health == {
-        "status": "healthy",
-        "service": "position-manager",
-        "database_connected": True,
-        "queue_connected": True,
-        "cache_connected": True,
-        "positions_count": 2,
-        "last_event_at": "2025-01-15T10:00:00Z",
-        "backlog": 4,
-        "outbox": 1,
-        "queues": {
-            QUEUE: {"messages": 3, "consumers": 0},
-            "order-manager.order_executed": {"messages": 0, "consumers": 0},
-            "order-manager.order_events": {"messages": 0, "consumers": 1},
-        },
-    }
-    with engine.begin() as connection:
-        connection.execute(
-            insert(tables.ledger).values(
-                position_id=select(tables.positions.c.id).limit(1).scalar_subquery(),
-                key="k",
-                kind="trade",
-                leg="net",
-                quantity=1,
-                price=1,
-                fee=0,
-                executed_at=updated_at,
-                time_source="event",
-                exec_type="Trade",
-                trace_id="t",
-                recorded_at=updated_at + timedelta(seconds=1),
-            )
-        )
-    engine.dispose()
-    assert app.test_client().get("/health").get_json()["last_event_at"] == "2025-01-15T10:00:01Z"
-
-
-def test_health_on_the_redis_transport(make_app: Make, database_url: str, redis_url: str) -> None:
-    with Connection(redis_url) as broker:
-        for _ in range(2):
-            broker.Producer().publish({}, routing_key=QUEUE)
-    health = make_app(database_url, redis_url, redis_url).test_client().get("/health").get_json()
-    assert health["status"] == "healthy"
-    assert health["backlog"] == 2
-    assert health["queues"][QUEUE] == {"messages": 2, "consumers": None}
-    assert health["queues"]["order-manager.order_executed"] == {"messages": 0, "consumers": None}
-
-
-@pytest.mark.parametrize("scheme", ["amqp", "redis"])
-def test_without_broker_and_cache_service_is_degraded_and_serves(
-    make_app: Make, database_url: str, scheme: str
-) -> None:
-    client = _with_key(make_app(database_url, broker=f"{scheme}://{NOWHERE}/0"))
-    response = client.get("/health")
-    assert response.status_code == 200
-    body = response.get_json()
-    assert (body["status"], body["database_connected"]) == ("degraded", True)
-    assert (body["queue_connected"], body["cache_connected"]) == (False, False)
-    assert (body["backlog"], body["queues"], body["outbox"], body["last_event_at"]) == (None, None, 0, None)
-    assert client.get("/health/ready").status_code == 200
-    assert client.get("/api/v1/portfolio").status_code == 200
-    assert client.get("/api/v1/positions").get_json() == {"positions": [], "count": 0, "next_cursor": None}
-
-
-def test_wrong_credentials_of_the_broker_are_no_connection(
-    make_app: Make, database_url: str, rabbitmq: RabbitMQ
-) -> None:
-    app = make_app(database_url, broker=rabbitmq.url.replace("guest:guest", "guest:wrong"))
-    assert app.test_client().get("/health").get_json()["queue_connected"] is False
-
-
-def test_without_its_database_service_is_unhealthy_and_comes_back(
-    make_app: Make, database_url: str, postgres: PostgreSQL
-) -> None:
-    client = _with_key(make_app(database_url))
-    assert client.get("/api/v1/portfolio").status_code == 200
-    postgres.kill()
-    for path in ("/api/v1/positions", "/api/v1/positions/BTCUSDT", "/api/v1/portfolio", "/health/ready"):
-        response = client.get(path)
-        body = _problem(response, 503, "unavailable")
-        assert int(response.headers["Retry-After"]) > 0
-        assert str(postgres.port) not in str(body)
-        assert "psycopg" not in str(body)
-    response = client.get("/health")
-    assert response.status_code == 503
-    body = response.get_json()
-    assert (body["status"], body["database_connected"]) == ("unhealthy", False)
-    assert (body["positions_count"], body["last_event_at"], body["backlog"]) == (None, None, None)
-    assert client.get("/health/live").status_code == 200
-    postgres.start()
-    assert client.get("/health").get_json()["database_connected"] is True
-    assert client.get("/api/v1/portfolio").status_code == 200
-
-
-def test_database_without_our_tables_is_none(make_app: Make, postgres: PostgreSQL) -> None:
-    client = _with_key(make_app(postgres.url))
-    response = client.get("/health")
-    assert response.status_code == 503
-    assert response.get_json()["status"] == "unhealthy"
-    _problem(client.get("/api/v1/portfolio"), 503, "unavailable")
-
-
-# --- gunicorn
-
-
-GUNICORN = [sys.executable, "-m", "gunicorn", "-c", "python:positions.web.gunicorn_conf"]
-
-
-def _without_settings() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("POSITION_MANAGER_")}
-
-
-@pytest.fixture
-def gunicorn(
-    database_url: str, broker_url: str, redis_url: str, tmp_path: Path
-) -> Iterator[tuple[int, subprocess.Popen[bytes], Path]]:
-    """The API as it is deployed: port, process and log."""
-    log = tmp_path / "web.log"
-    with closing(Port()) as kept, log.open("wb") as output:
-        port = kept.number
-        environ = {**_without_settings(), **_environ(database_url, broker_url, redis_url)}
-        environ |= {"POSITION_MANAGER_HOST": "127.0.0.1", "POSITION_MANAGER_PORT": str(port)}
-        process = subprocess.Popen(
-            [*GUNICORN, "positions.web:create_app()"], cwd=ROOT, env=environ, stderr=output, stdout=output
-        )
-        try:
-            assert wait_until(lambda: _get(port, "/health/live")[0] == 200, limit_s=30, interval_s=0.1), (
-                log.read_text()
-            )
-            yield port, process, log
-        finally:
-            process.terminate()
-            process.wait(10)
-
-
-def _get(port: int, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
-    connection = HTTPConnection("127.0.0.1", port, timeout=10)
-    try:
-        connection.request("GET", path, headers=headers)
-        response = connection.getresponse()
-        return response.status, dict(response.getheaders()), response.read()
-    except ConnectionError:
-        return 0, {}, b""
-    finally:
-        connection.close()
-
-
-def test_gunicorn_serves_and_logs_a_line_a_request(
-    gunicorn: tuple[int, subprocess.Popen[bytes], Path], database_url: str, broker_url: str
-) -> None:
-    port, process, log = gunicorn
-    _store(database_url, _long("BTCUSDT", "0.00000001", "50000"))
-    status, headers, body = _get(
-        port, "/api/v1/positions?asset=btcusdt", **{"X-API-Key": KEY, "X-Trace-Id": "through-gunicorn"}
-    )
-    assert status == 200
-    assert json.loads(body)["positions"][0]["size"] == "0.00000001"
-    assert headers["X-Trace-Id"] == "through-gunicorn"
-    assert headers["Server"] == "position-manager"
-    assert _get(port, "/api/v1/positions", **{"X-API-Key": "wrong"})[0] == 401
-    assert json.loads(_get(port, "/health")[2])["status"] == "healthy"
-    assert _get(port, "/" + "x" * 9000)[0] == 414
-    assert _get(port, "/", **{f"X-{number}": "x" for number in range(60)})[0] == 431
-
-    began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
-    assert time.monotonic() - began < 9
-    written = log.read_text()
-    lines = [json.loads(line) for line in written.splitlines()]
-    assert [line["status"] for line in lines if line.get("trace_id") == "through-gunicorn"] == [200]
-    assert len([line for line in lines if line.get("route") == "/api/v1/positions"]) == 2
-    assert all(line["timestamp"].endswith("Z") and line["service"] for line in lines)
-    assert not [line for line in lines if line["logger"] == "gunicorn.access"]
-    for secret in (KEY, "asset=btcusdt", broker_url):
-        assert secret not in written
-
-
-def test_gunicorn_serves_many_at_once(
-    gunicorn: tuple[int, subprocess.Popen[bytes], Path], database_url: str
-) -> None:
-    port, _, _ = gunicorn
-    _store(database_url, *(_long(f"C{number:03}", "1", "1") for number in range(100)))
-    statuses: list[int] = []
-
-    def ask() -> None:
-        paths = ("/api/v1/positions", "/api/v1/portfolio", "/health") * 5
-        statuses.extend(_get(port, path, **{"X-API-Key": KEY})[0] for path in paths)
-
-    threads = [threading.Thread(target=ask) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert statuses == [200] * 16 * 15
-
-
-def test_gunicorn_without_a_key_says_so_in_one_line() -> None:
-    done = subprocess.run(
-        [*GUNICORN, "positions.web:create_app()"],
-        cwd=ROOT,
-        env=_without_settings(),
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr.strip() == (
-        "positions: POSITION_MANAGER_API_KEY: required, the key that clients send as X-API-Key"
-    )

@@ -29,21 +29,35 @@ log_config.configure(_settings)
 log_config.warn_of_unknown_settings()
 
 bind = f"{_settings.host}:{_settings.port}"
+# What a worker has no room for waits in the kernel. Beyond this a client is not answered at all and tries
+# again after a second, which under such load is better than a place at the end of a longer queue.
+backlog = 512
+
+# Processes for the cores, threads for the waiting: a request waits for the database about as long as it
+# computes. Each thread may hold a database connection or two, so that workers x threads is what
+# PostgreSQL's max_connections has to bear.
 workers = _settings.web_workers
-# Requests wait for the database, not for the processor: threads, each with a connection of its own.
 worker_class = "positions.web.worker.Worker"  # gthread, and what it lacks
 threads = _settings.web_threads
+# Open connections of a worker, nearly all of them idle, below the 1024 files that a process may often have
+# open.
+worker_connections = 900
+
+# Each worker makes the application for itself, so that a reload (SIGHUP) reads the settings and the files
+# they name anew, and no connection or thread is ever inherited over a fork. The modules are imported
+# before the fork anyway, by this configuration: new code needs a restart.
+preload_app = False
 
 # A worker whose main loop is stuck for this long is replaced. It does not bound a request: that is for
-# the statement and connect timeouts.
+# the statement and connect timeouts, and for the worker's own limit.
 timeout = 30
-# Below the ten seconds that Docker leaves before it kills.
+# For requests in flight when a worker is to stop; below the ten seconds that Docker leaves before it kills.
 graceful_timeout = 8
-# Longer than pollers pause between two requests, so that they need no new connection for each.
-keepalive = 5
+# Longer than pollers and Prometheus pause between two requests, so that they need no new connection for
+# each, nor send one while we close. It costs no thread. A proxy's own idle time belongs below it.
+keepalive = 75
 
-# No client of ours sends as much. What is longer than gunicorn takes (8190 is its most) is refused as
-# HTML; a query that is merely too long, by us, as a problem document.
+# No client of ours sends as much; a query that is merely too long is refused by the application.
 limit_request_line = 8190
 limit_request_fields = 50
 limit_request_field_size = 8190

@@ -236,8 +236,9 @@ class Portfolio:
     by_asset: Mapping[str, AssetTotals]
     limit_exceeded: bool
     unpriced_assets: tuple[str, ...]
-    """Assets left out of the exposures, as no price is known for them."""
+    """Those left out of the exposures, as no price is known for them."""
     stale_assets: tuple[str, ...]
+    """Those valued at a price older than the staleness threshold."""
     calculated_at: datetime
     positions: tuple[Position, ...] | None
     """The first thousand; None where they were not asked for."""
@@ -246,30 +247,18 @@ class Portfolio:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AssetExposure:
-    """The exposure in one asset; None while all its open positions are unpriced."""
-
-    exposure: Decimal | None
-    net_exposure: Decimal | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Exposure:
     """What the priced positions are worth."""
 
     total_exposure_usdt: Decimal
     net_exposure_usdt: Decimal
-    by_asset: Mapping[str, AssetExposure]
+    by_asset: Mapping[str, AssetTotals]
     limit_exceeded: bool
+    unpriced_assets: tuple[str, ...]
+    """Those left out of the exposures, as no price is known for them."""
+    stale_assets: tuple[str, ...]
+    """Those valued at a price older than the staleness threshold."""
     calculated_at: datetime
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AssetPnL:
-    """Profit and loss in one asset."""
-
-    unrealized: Decimal
-    realized: Decimal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,7 +274,7 @@ class PnL:
     total_funding_usdt: Decimal
     """Received is positive."""
     total_realized_adjustment_usdt: Decimal
-    by_asset: Mapping[str, AssetPnL]
+    by_asset: Mapping[str, AssetTotals]
     calculated_at: datetime
 
 
@@ -518,10 +507,16 @@ class Client:
         """Return how the service is, also where it is ``unhealthy``; decimals and times are text."""
         return self._ask("GET", "/health", answers={200, 503})
 
-    def quarantine(self, limit: int | None = None) -> Iterator[QuarantinedMessage]:
-        """Yield the messages that could not be applied, asking for ``limit`` of them at a time."""
+    def quarantine(self, *, replayed: bool = False, limit: int | None = None) -> Iterator[QuarantinedMessage]:
+        """Yield the messages that could not be applied, the newest first.
+
+        Args:
+            replayed: those that were replayed too.
+            limit: how many to ask for at a time.
+        """
+        params = {"replayed": replayed, "limit": limit}
         kind = tuple[QuarantinedMessage, ...]
-        return self._pages("/api/v1/events/quarantine", {"limit": limit}, "messages", kind)
+        return self._pages("/api/v1/events/quarantine", params, "messages", kind)
 
     def replay(self, message_id: int) -> Replay:
         """Apply a quarantined message again."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -18,14 +20,18 @@ from positions.client import (
     ApiError,
     AssetTotals,
     Client,
+    NotFound,
     Portfolio,
     Position,
     Unauthorized,
     Unavailable,
 )
 from positions.settings import load
+from positions.storage import quarantine
+from positions.storage.database import transaction
+from positions.storage.quarantine import Refused
 from positions.web import create_app, resources
-from tests.integration.support import apply, execution, executions, stored
+from tests.integration.support import EXECUTION_QUEUE, apply, execution, executions, stored
 from tests.services import PostgreSQL
 
 KEY = "schlüssel"
@@ -105,6 +111,16 @@ def test_portfolio_adds_up_what_the_positions_are(client: Client, engine: Engine
     assert (list(one.by_asset), one.positions) == (["A1USDT"], None)
 
 
+def test_exposure_and_pnl_are_the_portfolio_s(client: Client, engine: Engine) -> None:
+    apply(engine, executions(60, assets=7))
+    whole, exposure, pnl = client.portfolio(), client.exposure(), client.pnl()
+    for part in (exposure, pnl):
+        for each in fields(part):
+            if each.name != "calculated_at":
+                assert getattr(part, each.name) == getattr(whole, each.name), each.name
+    assert pnl.total_realized_pnl_usdt != 0
+
+
 def test_portfolio_of_nothing_is_zeros(client: Client) -> None:
     found = client.portfolio()
     assert (found.total_exposure_usdt, found.by_asset, found.stale_assets) == (0, {}, ())
@@ -128,6 +144,27 @@ def test_client_knows_every_field_of_the_answers(client: Client, address: str, e
     # The others are the same under the names of the older service.
     assert known(AssetTotals) < portfolio["by_asset"]["BTCUSDT"].keys()
     assert client.portfolio(include_positions=True).positions == tuple(client.positions())
+
+
+def test_quarantined_message_is_read_and_replayed(client: Client, engine: Engine) -> None:
+    bodies = [json.dumps(execution("BTCUSDT", "Buy", "1", "2", number=each)).encode() for each in range(3)]
+    with transaction(engine) as connection:
+        for body in bodies:
+            refused = Refused(
+                queue=EXECUTION_QUEUE, body=body, headers={"a": 1}, properties={}, reason="was not known"
+            )
+            quarantine.add(connection, [refused], now=datetime.now(UTC))
+    found = list(client.quarantine(limit=2))
+    assert [each.body.encode() for each in found] == bodies[::-1]
+    assert (found[0].headers, found[0].times_seen, found[0].replayed_at) == ({"a": 1}, 1, None)
+    assert client.replay(found[0].id).outcome == {"applied": 1}
+    position = client.position("BTCUSDT")
+    assert position is not None
+    assert position.size == 1
+    assert len(list(client.quarantine())) == 2
+    assert next(client.quarantine(replayed=True)).replayed_at is not None
+    with pytest.raises(NotFound):
+        client.replay(2**40)
 
 
 def test_health_needs_nothing_but_the_service(client: Client) -> None:

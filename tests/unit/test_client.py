@@ -21,8 +21,6 @@ import pytest
 from positions import client as module
 from positions.client import (
     ApiError,
-    AssetExposure,
-    AssetPnL,
     AssetTotals,
     Break,
     Client,
@@ -469,25 +467,29 @@ CALLS: list[tuple[Call, str, Any, object]] = [
         {
             "total_exposure_usdt": "3",
             "net_exposure_usdt": "-1",
-            "by_asset": {"BTC": {"exposure": "3", "net_exposure": "-1"}},
+            "by_asset": {"PEPE": TOTALS},
             "limit_exceeded": False,
+            "unpriced_assets": ["PEPE"],
+            "stale_assets": ["BTC"],
             "calculated_at": AT_TEXT,
         },
         Exposure(
             total_exposure_usdt=Decimal(3),
             net_exposure_usdt=Decimal(-1),
-            by_asset={"BTC": AssetExposure(exposure=Decimal(3), net_exposure=Decimal(-1))},
+            by_asset=READ_PORTFOLIO["by_asset"],
             limit_exceeded=False,
+            unpriced_assets=("PEPE",),
+            stale_assets=("BTC",),
             calculated_at=AT,
         ),
     ),
     (
         lambda client: client.pnl(),
         "GET /portfolio/pnl",
-        {**PNL, "by_asset": {"BTC": {"unrealized": "1", "realized": "2"}}, "calculated_at": AT_TEXT},
+        {**PNL, "by_asset": {"PEPE": TOTALS}, "calculated_at": AT_TEXT},
         PnL(
             **READ_PNL,
-            by_asset={"BTC": AssetPnL(unrealized=Decimal(1), realized=Decimal(2))},
+            by_asset=READ_PORTFOLIO["by_asset"],
             calculated_at=AT,
         ),
     ),
@@ -498,8 +500,8 @@ CALLS: list[tuple[Call, str, Any, object]] = [
         History(points=(Point(at=AT, **READ_POINT),), interval_seconds=3600),
     ),
     (
-        lambda client: list(client.quarantine(limit=3)),
-        "GET /events/quarantine?limit=3",
+        lambda client: list(client.quarantine(replayed=True, limit=3)),
+        "GET /events/quarantine?replayed=true&limit=3",
         {"messages": [MESSAGE], "count": 1, "next_cursor": None},
         [READ_MESSAGE],
     ),

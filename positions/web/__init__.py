@@ -24,6 +24,12 @@ from positions.web.auth import public
 BODY_MAX_BYTES = 64 * 1024
 QUERY_MAX_BYTES = 2048
 
+SAFE_HEADERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    ("Referrer-Policy", "no-referrer"),
+)
+
 
 class _JSON(DefaultJSONProvider):
     # The order of the contract.
@@ -74,9 +80,7 @@ def _refuse_oversized() -> None:
 
 def _with_safe_headers(response: Response) -> Response:
     headers = response.headers
-    headers["X-Content-Type-Options"] = "nosniff"
-    headers["X-Frame-Options"] = "DENY"
-    headers["Referrer-Policy"] = "no-referrer"
+    headers.extend(SAFE_HEADERS)
     # Money and positions stay out of every cache on the way; a page may say otherwise of itself.
     headers.setdefault("Cache-Control", "no-store")
     headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 import threading
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import click
@@ -178,6 +179,122 @@ def quarantine_replay(*, ids: tuple[int, ...], everything: bool) -> None:
             counts = ", ".join(f"{count} {name}" for name, count in outcome.counts.items() if count)
             click.echo(f"{id_}: {counts}")
     sys.exit(1 if failed else 0)
+
+
+@cli.group()
+def keys() -> None:
+    """Keys of the API that are kept in the database: create, list and revoke them."""
+
+
+def _key_name(_context: click.Context, _parameter: click.Parameter, name: str) -> str:
+    if not settings.KEY_NAME.fullmatch(name):
+        raise click.BadParameter("must be 1 to 60 letters, digits, dots, hyphens and underscores")
+    if name == settings.DEFAULT_KEY:
+        raise click.BadParameter(f"is the name of the key in {settings.PREFIX}API_KEY")
+    return name
+
+
+def _expiry(_context: click.Context, _parameter: click.Parameter, given: str | None) -> datetime | None:
+    if given is None:
+        return None
+    now = datetime.now(UTC)
+    try:
+        days = re.fullmatch("([0-9]{1,5})d", given)
+        at = now + timedelta(days=int(days[1])) if days else settings.moment(given)
+    except (ValueError, OverflowError):
+        raise click.BadParameter("must be a day, a time as ISO 8601, or a number of days like 90d") from None
+    if at <= now:
+        raise click.BadParameter("is over already")
+    return at.replace(microsecond=0)
+
+
+@keys.command("create", context_settings={"show_default": True})
+@click.argument("name", callback=_key_name)
+@click.option("--role", type=click.Choice(["read", "operate"]), default="read", help="What it may do.")
+@click.option(
+    "--tier",
+    type=click.IntRange(1, settings.REQUESTS_PER_MINUTE_MAX),
+    help="Requests a minute.  [default: the service's]",
+)
+@click.option("--expires", callback=_expiry, help="A day (its beginning, UTC), a time, or days: 90d.")
+@click.option("--print-only", is_flag=True, help="Store nothing; print the entry for the settings too.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def keys_create(
+    *,
+    name: str,
+    role: settings.Role,
+    tier: int | None,
+    expires: datetime | None,
+    print_only: bool,
+    as_json: bool,
+) -> None:
+    """Create a key and print it: this once, as only its hash is kept."""
+    from positions.messages.outbound import utc_text
+    from positions.storage import api_keys
+    from positions.storage.database import transaction
+
+    key = api_keys.generated()
+    digest = api_keys.digest_of(key.encode())
+    entry: dict[str, object] = {"name": name, "hash": digest, "role": role}
+    if tier:
+        entry["tier"] = tier
+    if expires:
+        entry["expires"] = utc_text(expires)
+    if not print_only:
+        try:
+            with transaction(_engine()) as connection:
+                api_keys.create(
+                    connection,
+                    name=name,
+                    digest=digest,
+                    role=role,
+                    requests_per_minute=tier,
+                    expires_at=expires,
+                )
+        except api_keys.KeyRefused as error:
+            raise click.ClickException(str(error)) from None
+    if as_json:
+        _json_line({"key": key, **({"entry": entry} if print_only else {"name": name})})
+        return
+    click.echo(key)
+    if print_only:
+        click.echo(f"for the list in {settings.PREFIX}API_KEYS:", err=True)
+        _json_line(entry)
+    else:
+        click.echo(f"{name} may be used now; the key is not shown again", err=True)
+
+
+@keys.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def keys_list(*, as_json: bool) -> None:
+    """List all keys in the database, revoked ones too."""
+    from positions.messages.outbound import utc_text
+    from positions.storage import api_keys
+    from positions.storage.database import transaction
+
+    with transaction(_engine()) as connection:
+        found = api_keys.everything(connection)
+    for key in found:
+        row = {"name": key.name, "role": key.role, "tier": key.requests_per_minute}
+        times = {"created": key.created_at, "expires": key.expires_at, "revoked": key.revoked_at}
+        if as_json:
+            _json_line({**row, **{name: at and utc_text(at) for name, at in times.items()}})
+        else:
+            tier = f"{key.requests_per_minute or 'default'}"
+            shown = "  ".join(f"{name} {at:%Y-%m-%d}" for name, at in times.items() if at)
+            click.echo(f"{key.name:30}  {key.role:7}  {tier:>7}  {shown}")
+
+
+@keys.command("revoke")
+@click.argument("name")
+def keys_revoke(name: str) -> None:
+    """Revoke a key; within five seconds nothing takes it any more."""
+    from positions.storage import api_keys
+    from positions.storage.database import transaction
+
+    with transaction(_engine()) as connection:
+        api_keys.revoke(connection, name, now=datetime.now(UTC))
+    click.echo(f"{name} is revoked", err=True)
 
 
 @cli.command()

@@ -35,6 +35,7 @@ class SettingsError(ValueError):
     """A setting is missing or wrong; the message names the variable."""
 
 
+REDIS_SCHEMES = ("redis", "rediss", "unix")
 REQUESTS_PER_MINUTE_MAX = 1_000_000
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 """Names of keys: they stand in log lines and in Redis."""
@@ -383,4 +384,6 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         raise SettingsError("; ".join(lines)) from None
     if len(set(made.queues)) < len(made.queues):
         raise SettingsError(f"{queues}: names a queue twice, or the one of {PREFIX}POSITION_QUEUE")
+    if made.redis.partition("://")[0] not in REDIS_SCHEMES:
+        raise SettingsError(f"{PREFIX}REDIS_URL: must begin with {'://, '.join(REDIS_SCHEMES)}://")
     return made

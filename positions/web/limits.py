@@ -24,7 +24,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from positions.settings import PREFIX, Settings, SettingsError
+from positions.settings import REDIS_SCHEMES, Settings
 from positions.web.problems import problem
 
 WRONG_KEYS_PER_MINUTE = 20
@@ -34,7 +34,6 @@ TIMEOUT_S = 0.2
 WINDOW_S = 60
 
 _SCOPE = "api"
-_SCHEMES = ("redis", "rediss", "unix")
 
 _SCRIPT = """
 local times, limit, window_us, amount =
@@ -70,9 +69,6 @@ def init(app: Flask, settings: Settings) -> None:
     Wrong keys are counted for each address, and beyond `WRONG_KEYS_PER_MINUTE` answered with 429 instead of
     401. A right key from the same address is not held back by that: otherwise whoever shares a proxy or a
     host with the risk manager could lock it out by sending rubbish.
-
-    Raises:
-        SettingsError: the URL of Redis is none.
     """
     if settings.trusted_proxies:
         app.wsgi_app = ProxyFix(  # type: ignore[method-assign]
@@ -80,8 +76,6 @@ def init(app: Flask, settings: Settings) -> None:
         )
     if not settings.rate_limit_enabled:
         return
-    if settings.redis.partition("://")[0] not in _SCHEMES:
-        raise SettingsError(f"{PREFIX}REDIS_URL: must begin with one of {', '.join(_SCHEMES)} and ://")
     limiter = _Limiter(
         _whose,
         storage_uri=f"positions+{settings.redis}",
@@ -209,7 +203,7 @@ class _OneCall(RedisStorage):
     clocks of the web's hosts do not matter; of a key with 1,000 requests a minute, it takes some 20 kB.
     """
 
-    STORAGE_SCHEME = [f"positions+{scheme}" for scheme in _SCHEMES]  # noqa: RUF012 - as in the class below it
+    STORAGE_SCHEME = [f"positions+{scheme}" for scheme in REDIS_SCHEMES]  # noqa: RUF012 - as in the class below it
 
     def __init__(self, uri: str, **options: Any) -> None:
         super().__init__(uri.removeprefix("positions+"), **options)

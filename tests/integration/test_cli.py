@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,7 +16,9 @@ from structlog.testing import capture_logs
 from positions import log_config
 from positions.cli import cli
 from positions.domain.events import Mode, PositionKey
-from positions.storage import quarantine
+from positions.errors import NotFound
+from positions.settings import load
+from positions.storage import api_keys, quarantine
 from positions.storage.database import transaction
 from tests.integration.support import apply, execution, stored
 
@@ -108,3 +112,80 @@ def test_rebuild_finds_and_repairs_a_position_that_was_tampered_with(engine: Eng
     assert stored(engine)[BTC]["size"] == 1
     assert run("rebuild").exit_code == 0
     assert run("rebuild", "--asset", "NOSUCH").exit_code == 1
+
+
+def test_a_key_is_created_once_listed_and_revoked(engine: Engine, run: Any) -> None:
+    created = run("keys", "create", "risk", "--role", "operate", "--tier", "200", "--expires", "2999-01-31")
+    assert created.exit_code == 0
+    key = created.stdout.strip()
+    assert re.fullmatch(r"pk_[A-Za-z0-9_-]{43}", key)
+    other = json.loads(run("keys", "create", "ui", "--json").stdout)["key"]
+    assert other != key
+    with transaction(engine) as connection:
+        risk, ui = api_keys.valid(connection)
+    assert risk.digest == hashlib.sha256(key.encode()).hexdigest()
+    listed = run("keys", "list")
+    assert [line.split()[:3] for line in listed.output.splitlines()] == [
+        ["risk", "operate", "200"],
+        ["ui", "read", "default"],
+    ]
+    assert run("keys", "revoke", "ui").exit_code == 0
+    as_json = run("keys", "list", "--json")
+    first, second = map(json.loads, as_json.output.splitlines())
+    created_at = first.pop("created")
+    assert created_at.endswith("Z")
+    assert first == {
+        "name": "risk",
+        "role": "operate",
+        "tier": 200,
+        "expires": "2999-01-31T00:00:00Z",
+        "revoked": None,
+    }
+    assert second["revoked"] is not None
+    for text_ in (listed.output, as_json.output):
+        for secret in (key, other, risk.digest, ui.digest):
+            assert secret not in text_
+    missing = run("keys", "revoke", "nobody")
+    assert missing.exit_code == 1
+    assert isinstance(missing.exception, NotFound)
+
+
+def test_a_key_for_the_settings_is_printed_and_not_stored(engine: Engine, run: Any) -> None:
+    printed = run("keys", "create", "ui", "--tier", "5", "--expires", "90d", "--print-only")
+    assert printed.exit_code == 0
+    key, entry = printed.stdout.splitlines()
+    environ = {"POSITION_MANAGER_API_KEYS": f"[{entry}]"}
+    [found] = load(environ).keys
+    assert (found.name, found.role, found.tier) == ("ui", "read", 5)
+    assert found.hash == hashlib.sha256(key.encode()).hexdigest()
+    assert found.expires is not None
+    assert 89 <= (found.expires - datetime.now(UTC)).days <= 90
+    with transaction(engine) as connection:
+        assert api_keys.everything(connection) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["two words"],
+        ["default"],
+        ["k", "--expires", "2020-01-01"],
+        ["k", "--expires", "0d"],
+        ["k", "--expires", "soon"],
+        ["k", "--tier", "0"],
+        ["k", "--role", "admin"],
+    ],
+)
+def test_a_key_that_could_not_be_used_is_not_created(engine: Engine, run: Any, arguments: list[str]) -> None:
+    refused = run("keys", "create", *arguments)
+    assert refused.exit_code == 2
+    assert "pk_" not in refused.output
+    with transaction(engine) as connection:
+        assert api_keys.everything(connection) == []
+
+
+def test_a_key_of_a_name_that_is_taken_is_refused_in_one_line(run: Any) -> None:
+    run("keys", "create", "ui")
+    refused = run("keys", "create", "ui")
+    assert refused.exit_code == 1
+    assert refused.output == "Error: there is, or was, a key of the name ui\n"

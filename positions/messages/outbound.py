@@ -308,6 +308,42 @@ class PnLView:
     calculated_at: Time
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotView:
+    """A position as it was at a moment."""
+
+    __pydantic_config__ = DOCUMENTED
+
+    id: str
+    position_id: str
+    asset: str
+    mode: str
+    snapshot_data: Mapping[str, Any]
+    """The position object of that moment, what its realized PnL is made of, and the state to fold on from; as
+    it was kept, where an older service took the snapshot."""
+    created_at: Time
+    """The moment it is of."""
+
+
+REALIZED_PARTS = ("realized_gross", "fees_paid", "funding_received", "realized_adjustment")
+
+
+def snapshot_data(view: PositionView, row: Mapping[Any, Any]) -> dict[str, object]:
+    """Return the complete state of a position, JSON-ready.
+
+    Args:
+        view: of the row.
+        row: of `positions.storage.tables.positions`.
+    """
+    beside = ("current_price_source", *REALIZED_PARTS, "state")
+    return {**position_object(view), **{name: _json(row[name]) for name in beside}}
+
+
+def snapshot_object(view: SnapshotView) -> dict[str, object]:
+    """Return the contract's snapshot object, JSON-ready."""
+    return _object(view)
+
+
 def position_object(view: PositionView) -> dict[str, object]:
     """Return the contract's position object, JSON-ready."""
     return {name: _json(getattr(view, name)) for name in _FIELDS}

@@ -6,8 +6,10 @@ from datetime import datetime
 from positions.messages.outbound import (
     PortfolioView,
     PositionView,
+    SnapshotView,
     portfolio_object,
     position_object,
+    snapshot_object,
     utc_text,
 )
 
@@ -47,6 +49,25 @@ def position_updated(
 def portfolio_updated(view: PortfolioView, *, trace_id: str, now: datetime) -> str:
     """Return the body of a `portfolio_updated` event."""
     return _body(PORTFOLIO_UPDATED, trace_id, now, portfolio_object(view))
+
+
+def position_snapshot_created(
+    view: SnapshotView, position: PositionView, *, trace_id: str, now: datetime
+) -> str:
+    """Return the body of a `position_snapshot_created` event; ``position`` is what the snapshot is of."""
+    snapshot = snapshot_object(view)
+    return _body(
+        SNAPSHOT_CREATED,
+        trace_id,
+        now,
+        {
+            **position_object(position),
+            **snapshot,
+            "snapshot_id": view.id,
+            "snapshot_timestamp": snapshot["created_at"],
+            "snapshot": snapshot,
+        },
+    )
 
 
 def _body(event_type: str, trace_id: str, now: datetime, figures: dict[str, object]) -> str:

@@ -1,0 +1,212 @@
+"""Snapshots of positions, one partition for each month; the primary key allows one for each moment."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import psycopg2.extras
+from sqlalchemy import Connection, RowMapping, select, tuple_
+
+from positions.domain.events import PositionKey
+from positions.domain.numbers import plain
+from positions.storage.portfolio import GROSS_EXPOSURE
+from positions.storage.tables import positions
+
+_LOCK = 4_800_003  # advisory lock: one partition is made at a time
+
+_TYPED = ("exposure", "net_exposure", "unrealized_pnl", "realized_pnl")
+# Sorted as every writer's: two that add the same snapshots wait for each other and never deadlock.
+_INSERT = f"""
+    INSERT INTO position_snapshots (position_id, asset, mode, created_at, {", ".join(_TYPED)}, snapshot_data)
+    SELECT v.* FROM unnest(
+        %(position_id)s::uuid[], %(asset)s::text[], %(mode)s::text[], %(created_at)s::timestamptz[],
+        {", ".join(f"%({name})s::numeric[]" for name in _TYPED)}, %(data)s::jsonb[]
+    ) AS v (position_id, asset, mode, created_at, {", ".join(_TYPED)}, snapshot_data)
+    ORDER BY v.position_id, v.created_at
+    ON CONFLICT (position_id, created_at) DO NOTHING
+    RETURNING id, position_id, created_at
+"""
+# Locked in key order, as batches of events lock positions. The version stays: nothing of a position changed.
+_MARK = """
+    WITH locked AS MATERIALIZED (
+        SELECT id FROM positions WHERE id = ANY(%(ids)s::uuid[]) ORDER BY asset, mode FOR NO KEY UPDATE
+    )
+    UPDATE positions p SET last_snapshot_at = greatest(p.last_snapshot_at, %(at)s)
+    FROM locked WHERE p.id = locked.id
+"""
+_SELECT = (
+    "SELECT id, position_id, asset, mode, created_at, snapshot_data::text AS data FROM position_snapshots"
+)
+_LISTED = f"""
+    {_SELECT} WHERE position_id = %(position_id)s AND created_at BETWEEN %(from)s AND %(to)s
+    ORDER BY created_at DESC LIMIT %(limit)s OFFSET %(offset)s
+"""
+_CUT = select(
+    positions, GROSS_EXPOSURE.correlate(None).scalar_subquery().label("portfolio_exposure")
+).order_by(positions.c.asset, positions.c.mode)
+FIRST = datetime.min.replace(tzinfo=UTC)
+LAST = datetime.max.replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """A position as it was at a moment."""
+
+    position_id: str
+    key: PositionKey
+    created_at: datetime
+    """The moment it is of."""
+    exposure: Decimal | None = None
+    """Gross, in USDT; None when open without a price. This and the next three: None in an older service's."""
+    net_exposure: Decimal | None = None
+    unrealized_pnl: Decimal | None = None
+    realized_pnl: Decimal | None = None
+    data: Mapping[str, Any]
+    """JSON-ready: the position object, the parts of its realized PnL, and its state."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """A snapshot that is in the database."""
+
+    id: str
+    position_id: str
+    key: PositionKey
+    created_at: datetime
+    data: Any
+    """As of :class:`Snapshot`; of an older service's row whatever it kept, fractions as plain strings."""
+
+
+def cut(connection: Connection, keys: Iterable[PositionKey] | None) -> Sequence[RowMapping]:
+    """Return the rows of the positions of ``keys`` (None: of all), all of one moment, in key order.
+
+    Each row has all columns of the table, and the `portfolio_exposure` of that moment. No lock is taken.
+    """
+    statement = _CUT
+    if keys is not None:
+        of_keys = [(key.asset, str(key.mode)) for key in keys]
+        statement = _CUT.where(tuple_(positions.c.asset, positions.c.mode).in_(of_keys))
+    return connection.execute(statement).mappings().all()
+
+
+def add(connection: Connection, snapshots: Sequence[Snapshot]) -> dict[tuple[str, datetime], str]:
+    """Write ``snapshots`` where there is none of the same position and moment yet.
+
+    Makes the partitions of their months where they are missing (:func:`make_partition`).
+
+    Returns:
+        Position id and moment of each that was new, and its own id.
+    """
+    if not snapshots:
+        return {}
+    for month in sorted({month_of(each.created_at) for each in snapshots}):
+        make_partition(connection, month)
+    rows = connection.exec_driver_sql(
+        _INSERT,
+        {
+            **{
+                name: [getattr(each, name) for each in snapshots]
+                for name in ("position_id", "created_at", *_TYPED)
+            },
+            "asset": [each.key.asset for each in snapshots],
+            "mode": [str(each.key.mode) for each in snapshots],
+            "data": [psycopg2.extras.Json(each.data) for each in snapshots],
+        },
+    )
+    return {(str(row.position_id), row.created_at): str(row.id) for row in rows}
+
+
+def mark_taken(connection: Connection, position_ids: Sequence[str], *, at: datetime) -> None:
+    """Say of positions that their last snapshot is of ``at``, unless they have a later one."""
+    if position_ids:
+        connection.exec_driver_sql(_MARK, {"ids": list(position_ids), "at": at})
+
+
+def month_of(at: datetime) -> datetime:
+    """Return the beginning of the month, in UTC, that ``at`` lies in."""
+    return at.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+
+
+def make_partition(connection: Connection, month: datetime) -> bool:
+    """Make the partition of the month that begins at ``month``, unless it is there; tell whether it was made.
+
+    Rows of that month that lie in the default partition move into it. Whoever else makes a partition
+    waits until this transaction ends; who reads or writes snapshots, only where this one does make one. To
+    be called before the transaction reads snapshots: two that did could wait for each other.
+    """
+    name = f"position_snapshots_{month:%Y_%m}"
+    if _attached(connection, name):
+        return False
+    connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%(lock)s)", {"lock": _LOCK})
+    if _attached(connection, name):
+        return False
+    bounds = {"from": month, "to": month_of(month + timedelta(days=31))}
+    # Made apart and attached, which other months' readers and writers need not wait for.
+    connection.exec_driver_sql(f"CREATE TABLE {name} (LIKE position_snapshots INCLUDING ALL)")
+    connection.exec_driver_sql("LOCK TABLE position_snapshots_default IN ACCESS EXCLUSIVE MODE")
+    connection.exec_driver_sql(
+        f"""
+        WITH moved AS (
+            DELETE FROM position_snapshots_default
+            WHERE created_at >= %(from)s AND created_at < %(to)s RETURNING *
+        )
+        INSERT INTO {name} SELECT * FROM moved
+        """,
+        bounds,
+    )
+    connection.exec_driver_sql(
+        f"ALTER TABLE position_snapshots ATTACH PARTITION {name} FOR VALUES FROM (%(from)s) TO (%(to)s)",
+        bounds,
+    )
+    return True
+
+
+def listed(
+    connection: Connection,
+    position_id: str,
+    *,
+    limit: int,
+    offset: int = 0,
+    from_: datetime | None = None,
+    to: datetime | None = None,
+) -> list[Kept]:
+    """Return snapshots of a position from ``from_`` to ``to``, both included, the newest first."""
+    rows = connection.exec_driver_sql(
+        _LISTED,
+        {
+            "position_id": position_id,
+            "from": from_ or FIRST,
+            "to": to or LAST,
+            "limit": limit,
+            "offset": offset,
+        },
+    )
+    return [_kept(row) for row in rows]
+
+
+def newest_before(connection: Connection, position_id: str, at: datetime) -> Kept | None:
+    """Return the newest snapshot of a position that is of ``at`` or of a moment before it."""
+    return next(iter(listed(connection, position_id, limit=1, to=at)), None)
+
+
+def _attached(connection: Connection, name: str) -> bool:
+    statement = """
+        SELECT EXISTS (
+            SELECT FROM pg_inherits
+            WHERE inhparent = 'position_snapshots'::regclass AND inhrelid = to_regclass(%(name)s)
+        )
+    """
+    return bool(connection.exec_driver_sql(statement, {"name": name}).scalar_one())
+
+
+def _kept(row: Any) -> Kept:
+    return Kept(
+        id=str(row.id),
+        position_id=str(row.position_id),
+        key=PositionKey.of(row.asset, row.mode),
+        created_at=row.created_at,
+        data=json.loads(row.data, parse_float=lambda digits: plain(Decimal(digits))),
+    )

@@ -562,7 +562,7 @@ class Client:
     def _try(
         self, method: str, path: str, query: Mapping[str, str], trace_id: str, answers: Collection[int]
     ) -> dict[str, Any] | ApiError:
-        failed: requests.RequestException
+        """Return the answer, or the error: raised in here, it would lead to the request and so to the key."""
         try:
             response = self._session().request(
                 method,
@@ -573,11 +573,8 @@ class Client:
                 allow_redirects=False,
             )
         except requests.RequestException as error:
-            failed = error
-        else:
-            return _answer(response, trace_id, answers)
-        # Outside of the handler: the error there holds the request, and so the key.
-        return _no_answer(failed, trace_id)
+            return _no_answer(error, trace_id)
+        return _answer(response, trace_id, answers)
 
     def _session(self) -> requests.Session:
         """Return the present thread's own session."""
@@ -623,10 +620,10 @@ def _answer(
 
 
 def _no_answer(error: BaseException, trace_id: str) -> ApiError:
-    code = "timeout" if isinstance(error, requests.Timeout) else "connection_lost"
     # What requests and urllib3 say of it is long; what the system said is behind it.
     while inner := error.__cause__ or error.__context__:
         error = inner
+    code = "timeout" if isinstance(error, TimeoutError) else "connection_lost"
     if isinstance(error, ConnectionRefusedError):
         code = _REFUSED
     return Unavailable(None, code, str(error) or type(error).__name__, trace_id)

@@ -54,6 +54,8 @@ class Reply:
     body: Any = None
     """Bytes as they are, anything else as JSON."""
     headers: dict[str, str] = field(default_factory=dict)
+    then: Reply | None = None
+    """What happens before the last byte: `DROP` or `HANG`."""
 
 
 DROP = Reply(status=0)
@@ -118,17 +120,18 @@ class Service:
             )
         )
         reply = self.script.pop(0) if len(self.script) > 1 else self.script[0]
-        if reply.status <= 0:
-            if reply == HANG:
-                self._over.wait()
-            handler.close_connection = True
-            return
-        body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
-        handler.send_response(reply.status)
-        for name, value in {**reply.headers, "Content-Length": str(len(body))}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(body)
+        if reply.status > 0:
+            body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+            handler.send_response(reply.status)
+            length = len(body) + (reply.then is not None)
+            for name, value in {**reply.headers, "Content-Length": str(length)}.items():
+                handler.send_header(name, value)
+            handler.end_headers()
+            handler.wfile.write(body)
+        if HANG in (reply, reply.then):
+            # Longer than any client waits here.
+            self._over.wait(10)
+        handler.close_connection = reply.status <= 0 or reply.then is not None
 
 
 class Clock:
@@ -676,11 +679,25 @@ def _waits(slept: list[float]) -> list[float]:
     return [round(each / 1.05, 1) for each in slept]
 
 
+def _name(value: object) -> str:
+    if not isinstance(value, Reply):
+        return str(value)
+    how = {DROP.status: "drops", HANG.status: "hangs"}
+    return f"{how.get(value.status, value.status)}{f' then {_name(value.then)}' if value.then else ''}"
+
+
 GOOD = Reply(body=PORTFOLIO)
 
 
 @pytest.mark.parametrize(
-    "failure", [DROP, HANG, *(Reply(status=status) for status in (429, 502, 503, 504))], ids=repr
+    "failure",
+    [
+        DROP,
+        HANG,
+        Reply(body=PORTFOLIO, then=DROP),
+        *(Reply(status=status) for status in (429, 502, 503, 504)),
+    ],
+    ids=_name,
 )
 def test_get_is_tried_again(make: Both, clock: Clock, failure: Reply) -> None:
     client, service = make(failure, failure, failure, GOOD, timeout_s=0.2)
@@ -691,7 +708,15 @@ def test_get_is_tried_again(make: Both, clock: Clock, failure: Reply) -> None:
 
 
 @pytest.mark.parametrize(
-    ("failure", "code"), [(DROP, "connection_lost"), (HANG, "timeout"), (Reply(status=503), "")]
+    ("failure", "code"),
+    [
+        (DROP, "connection_lost"),
+        (HANG, "timeout"),
+        (Reply(then=DROP), "connection_lost"),
+        (Reply(then=HANG), "timeout"),
+        (Reply(status=503), ""),
+    ],
+    ids=_name,
 )
 def test_get_is_given_up_after_the_last_retry(make: Both, clock: Clock, failure: Reply, code: str) -> None:
     client, service = make(failure, timeout_s=0.2, retries=2)
@@ -711,7 +736,14 @@ def test_get_that_cannot_succeed_is_not_tried_again(make: Both, clock: Clock, st
 
 
 @pytest.mark.parametrize(
-    "failure", [DROP, HANG, *(Reply(status=status) for status in (409, 500, 502, 503, 504))], ids=repr
+    "failure",
+    [
+        DROP,
+        HANG,
+        Reply(body=SNAPSHOT, then=DROP),
+        *(Reply(status=status) for status in (409, 500, 502, 503, 504)),
+    ],
+    ids=_name,
 )
 def test_post_that_may_have_been_done_is_not_tried_again(make: Both, clock: Clock, failure: Reply) -> None:
     client, service = make(failure, Reply(status=201, body=SNAPSHOT), timeout_s=0.2)
@@ -809,7 +841,7 @@ def test_all_waits_together_are_bounded(make: Both, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(
-    "failure", [DROP, HANG, Reply(status=503), Reply(status=401), Reply(body=b"?")], ids=repr
+    "failure", [DROP, HANG, Reply(status=503), Reply(status=401), Reply(body=b"?")], ids=_name
 )
 def test_key_is_in_no_text(make: Both, caplog: pytest.LogCaptureFixture, failure: Reply) -> None:
     caplog.set_level(logging.DEBUG)

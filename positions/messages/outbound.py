@@ -344,6 +344,43 @@ def snapshot_object(view: SnapshotView) -> dict[str, object]:
     return _object(view)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutionView:
+    """An entry of the ledger: what made a position's numbers."""
+
+    __pydantic_config__ = DOCUMENTED
+
+    id: int
+    key: str
+    """What made it new: the execution's id, or what stands in for it."""
+    kind: str
+    """`trade`; `funding`; `order_report` (quantity, price and fee are cumulative for the order); `adjustment`
+    (a size taken over from the venue); `report` (when a report without a time of its own first arrived)."""
+    leg: str
+    """`net`, or `long` or `short` in hedge mode."""
+    quantity: Amount
+    """Signed: sold is negative. Of an adjustment, what it added."""
+    price: Amount
+    fee: Amount | None
+    """In USDT; paid is positive. Null where an order report does not say."""
+    executed_at: Time
+    time_source: str
+    """`event`; or `amqp` or `arrival`, where the message had no time of its own."""
+    venue_seq: int | None
+    order_id: str | None
+    exec_type: str
+    trace_id: str
+    recorded_at: Time
+    """When it was stored."""
+    size_after: Amount | None
+    """Of an adjustment: the signed size of the leg that was taken over."""
+
+
+def execution_object(view: ExecutionView) -> dict[str, object]:
+    """Return an entry of the ledger, JSON-ready."""
+    return _object(view)
+
+
 def position_object(view: PositionView) -> dict[str, object]:
     """Return the contract's position object, JSON-ready."""
     return {name: _json(getattr(view, name)) for name in _FIELDS}

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, RowMapping
 
 from positions.domain.events import Entry, Kind, LegName, PositionKey, TimeSource
 from positions.domain.leg import FillOrder
@@ -51,6 +51,15 @@ _AFTER = f"""
         LIMIT %(limit)s
     ) l
 """
+# The bounds on the time alone are what the index serves; of one time there are few.
+_PAGE = f"""
+    SELECT id, {_COLUMNS}, recorded_at FROM ledger
+    WHERE position_id = %(position_id)s AND executed_at BETWEEN %(from)s AND %(to)s
+        AND (executed_at, id) < (%(until)s, %(id)s)
+    ORDER BY executed_at DESC, id DESC LIMIT %(limit)s
+"""
+FIRST = datetime.min.replace(tzinfo=UTC)
+LAST = datetime.max.replace(tzinfo=UTC)
 
 
 def insert(connection: Connection, entries: Sequence[Entry]) -> set[str]:
@@ -100,6 +109,43 @@ def after(
                 "limit": limit,
             },
         )
+    )
+
+
+def page(
+    connection: Connection,
+    position_id: str,
+    *,
+    limit: int,
+    after: tuple[datetime, int] | None = None,
+    from_: datetime | None = None,
+    to: datetime | None = None,
+) -> Sequence[RowMapping]:
+    """Return entries of a position, of all kinds, as rows: the newest first, of equal times the last stored.
+
+    Args:
+        connection: only read from.
+        position_id: which position.
+        limit: most to return.
+        after: time and id of the entry behind which to begin.
+        from_: only of this time and later.
+        to: only of this time and earlier.
+    """
+    until, id_ = after or (LAST, 0)
+    return (
+        connection.exec_driver_sql(
+            _PAGE,
+            {
+                "position_id": position_id,
+                "from": from_ or FIRST,
+                "to": min(to or LAST, until),
+                "until": until,
+                "id": id_,
+                "limit": limit,
+            },
+        )
+        .mappings()
+        .all()
     )
 
 

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, RowMapping, select, tuple_
 
 from positions.domain.events import PositionKey
 from positions.domain.numbers import plain
+from positions.storage.ledger import FIRST, LAST
 from positions.storage.portfolio import GROSS_EXPOSURE
 from positions.storage.tables import positions
 
@@ -47,8 +48,6 @@ _LISTED = f"""
 _CUT = select(
     positions, GROSS_EXPOSURE.correlate(None).scalar_subquery().label("portfolio_exposure")
 ).order_by(positions.c.asset, positions.c.mode)
-FIRST = datetime.min.replace(tzinfo=UTC)
-LAST = datetime.max.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

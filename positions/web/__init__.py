@@ -2,7 +2,7 @@
 
 from flask import Flask, Response, request
 from flask.json.provider import DefaultJSONProvider
-from werkzeug.exceptions import RequestEntityTooLarge, RequestURITooLarge
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from positions import log_config
 from positions.settings import Settings, load
@@ -16,9 +16,11 @@ from positions.web import (
     problems,
     quarantine,
     resources,
+    snapshots,
     tracing,
 )
 from positions.web.auth import public
+from positions.web.parameters import BadParameters
 
 # Nothing we take is longer. gunicorn bounds the request line and the headers before we see them.
 BODY_MAX_BYTES = 64 * 1024
@@ -65,6 +67,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.register_blueprint(openapi.pages)
     app.register_api(positions.blueprint)
     app.register_api(portfolio.blueprint)
+    app.register_api(snapshots.blueprint)
     app.register_api(quarantine.blueprint)
     app.add_url_rule("/openapi.json", view_func=public(lambda: openapi.document(app)))
     return app
@@ -72,7 +75,7 @@ def create_app(settings: Settings | None = None) -> Flask:
 
 def _refuse_oversized() -> None:
     if len(request.query_string) > QUERY_MAX_BYTES:
-        raise RequestURITooLarge
+        raise BadParameters({"query": f"is longer than {QUERY_MAX_BYTES} bytes"})
     # Flask looks at the length only once a view reads the body.
     if (request.content_length or 0) > BODY_MAX_BYTES:
         raise RequestEntityTooLarge

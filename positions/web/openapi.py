@@ -51,7 +51,6 @@ _PROBLEMS = {
     404: ("There is none.", ()),
     409: ("Others kept changing the position under every try.", ("Retry-After",)),
     413: ("The body is too large.", ()),
-    414: ("The query is too long.", ()),
     415: ("The body does not say that it is JSON.", ()),
     429: ("Too many requests of this key, or too many wrong keys from this address.", ("Retry-After",)),
     500: ("Our fault; the trace id leads to it in our logs.", ()),
@@ -72,6 +71,8 @@ _HEADERS = {
 }
 TAGGED = {"x-tagged": True}
 """Of a view whose answers carry an `ETag`."""
+OF_BODY = {"x-of-body": True}
+"""Of a view whose parameters may also be the members of a JSON body."""
 
 
 def api(name: str, prefix: str = "/api/v1") -> APIBlueprint:
@@ -131,11 +132,21 @@ def _complete(operation: dict[str, Any], method: str, path: str) -> None:
     for parameter in operation.get("parameters", ()):
         if parameter["schema"].get("default", "") is None:
             del parameter["schema"]["default"]
+    if operation.pop("x-of-body", False):
+        members = {each["name"]: each["schema"] for each in operation["parameters"] if each["in"] == "query"}
+        operation["requestBody"] = {
+            "description": "The parameters of the query, which may stand here instead.",
+            "content": {
+                "application/json": {
+                    "schema": {"type": "object", "properties": members, "additionalProperties": False}
+                }
+            },
+        }
     answers = operation["responses"]
     limited = bool(operation.get("security"))
     # The library's own 400 is of another shape.
     answers.pop("400", None)
-    expected = {400, 414, 500, 503}
+    expected = {400, 500, 503}
     if limited:
         expected |= {401, 403, 429}
     if method == "post":

@@ -1,6 +1,5 @@
 """What a request may ask for: every parameter is known, checked, and named when it is wrong."""
 
-import base64
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, Wit
 from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import BadRequest
 
-from positions.domain.events import PositionKey
+from positions.domain.events import Mode, PositionKey
 from positions.domain.numbers import fits
 from positions.errors import PositionsError
 from positions.queries.positions import PAGE_MAX
@@ -81,50 +80,46 @@ def _flag(text: str) -> bool:
 def _moment(text: str) -> datetime:
     try:
         # A plus that nobody escaped is a space by now.
-        if not text.isprintable():  # Python lets a NUL at the end pass
-            raise ValueError
+        # Python lets a NUL at the end pass.
         at = datetime.fromisoformat((text.replace(" ", "+") if "T" in text else text).replace("\0", "?"))
         return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     except (ValueError, OverflowError):
         raise ValueError("must be a time as ISO 8601, like 2025-01-15T10:00:00Z") from None
 
 
-Read = TypeVar("Read")
+def cursor(pattern: str, read: Callable[..., Any]) -> tuple[PlainValidator, WithJsonSchema]:
+    """Return how a cursor is read and described: ``read`` is called with the groups of ``pattern``."""
+    whole = re.compile(pattern)
 
+    def parse(given: str) -> Any:
+        found = whole.fullmatch(given)
+        if found is None:
+            raise ValueError("must be the next_cursor of an earlier answer")
+        return read(*found.groups())
 
-def cursor(read: Callable[..., Read]) -> Callable[[str], Read]:
-    """Return what turns a cursor back into the values it was made of, by ``read``ing them from text."""
-
-    def parse(text: str) -> Read:
-        try:
-            padded = text.encode() + b"=" * (-len(text) % 4)
-            return read(*base64.b64decode(padded, altchars=b"-_", validate=True).decode().split(" "))
-        except (ValueError, TypeError, OverflowError):
-            raise ValueError("must be the next_cursor of an earlier answer") from None
-
-    return parse
+    description = "The `next_cursor` of an earlier answer."
+    return text(parse), WithJsonSchema(
+        {"type": "string", "pattern": f"^{pattern}$", "description": description}
+    )
 
 
 def cursor_of(*values: object) -> str:
-    """Return the cursor of the page that begins behind ``values``; what is in it is nobody's business."""
-    # Without the padding, which a query string would have to escape.
-    return base64.urlsafe_b64encode(" ".join(map(str, values)).encode()).decode().rstrip("=")
+    """Return the cursor of the page that begins behind ``values``."""
+    return ".".join(map(str, values))
 
 
-CURSOR_SCHEMA = WithJsonSchema(
-    {"type": "string", "maxLength": 400, "description": "The `next_cursor` of an earlier answer."}
-)
-KeyCursor = Annotated[
-    PositionKey,
-    text(cursor(lambda asset, mode: PositionKey.of(_asset(asset), mode))),
-    CURSOR_SCHEMA,
-]
-
-
+KeyCursor = Annotated[PositionKey, *cursor(r"([A-Z0-9][A-Z0-9-]{1,39})\.(one-way|hedge)", PositionKey.of)]
 Asset = Annotated[
     str,
     text(_asset),
-    WithJsonSchema({"type": "string", "pattern": f"^{_ASSET.pattern}$", "description": "In any case."}),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": f"^{_ASSET.pattern}$",
+            "description": "In any case.",
+            "example": "BTCUSDT",
+        }
+    ),
 ]
 Number = Annotated[
     Decimal,
@@ -157,6 +152,12 @@ class OfAsset(Parameters):
     """The part of an address that names an asset."""
 
     asset: Asset
+
+
+class OfMode(Parameters):
+    """Which of an asset's positions."""
+
+    mode: Mode = Mode.ONE_WAY
 
 
 View = TypeVar("View", bound=Callable[..., Any])

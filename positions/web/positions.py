@@ -19,6 +19,7 @@ from positions.web.parameters import (
     Moment,
     Number,
     OfAsset,
+    OfMode,
     Parameters,
     checked,
     cursor_of,
@@ -44,10 +45,9 @@ class Listed(Parameters):
     cursor: KeyCursor | SkipJsonSchema[None] = None
 
 
-class One(Parameters):
+class One(OfMode):
     """Which of an asset's positions, and when."""
 
-    mode: Mode = Mode.ONE_WAY
     as_of: Moment | SkipJsonSchema[None] = None
     """What it was at that moment, by all that is known now."""
 

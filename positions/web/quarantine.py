@@ -14,7 +14,7 @@ from positions.storage.database import in_transaction, transaction
 from positions.storage.quarantine import Kept
 from positions.web.auth import needs_operate
 from positions.web.openapi import api
-from positions.web.parameters import CURSOR_SCHEMA, Flag, Parameters, checked, cursor, cursor_of, text, whole
+from positions.web.parameters import Flag, Parameters, checked, cursor, cursor_of, text, whole
 from positions.web.resources import resources
 
 blueprint = api("quarantine")
@@ -25,7 +25,7 @@ ID_MAX = 2**62
 Id = Annotated[
     int, text(whole(1, ID_MAX)), WithJsonSchema({"type": "integer", "minimum": 1, "maximum": ID_MAX})
 ]
-IdCursor = Annotated[int, text(cursor(whole(1, ID_MAX))), CURSOR_SCHEMA]
+IdCursor = Annotated[int, *cursor(r"([1-9][0-9]{0,17})", int)]
 
 
 class Wanted(Parameters):

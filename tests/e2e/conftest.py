@@ -61,7 +61,9 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         with closing(channel_of(broker)) as connection, closing(connection.channel()) as channel:
             limits = {"x-message-ttl": 86_400_000, "x-max-length": 100_000, "x-overflow": "drop-head"}
             channel.queue_declare(POSITION_QUEUE, durable=True, auto_delete=False, arguments=limits)
-        env = environment(stack.enter_context(new_database()), broker, redis.url)
+        env = environment(
+            stack.enter_context(new_database()), broker, redis.url, rate_limit_default="1000000"
+        )
         stack.enter_context(worker(env, folder))
         stack.enter_context(relay(env, folder))
         yield Service(stack.enter_context(web(env, folder)), broker)

@@ -1,0 +1,93 @@
+"""Snapshots of positions: taken now, listed, and as a curve of the portfolio."""
+
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Annotated
+
+from flask import Response, g, jsonify
+from pydantic import BaseModel, Field, RootModel, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
+
+from positions.domain.events import PositionKey
+from positions.handlers.take_snapshots import take_snapshots
+from positions.messages.outbound import SnapshotView, snapshot_object
+from positions.queries.snapshots import snapshots
+from positions.storage.database import in_transaction, transaction
+from positions.web.openapi import OF_BODY, api
+from positions.web.parameters import Limit, Moment, OfAsset, OfMode, checked, text, whole
+from positions.web.resources import resources
+
+blueprint = api("snapshots")
+
+OFFSET_MAX = 1_000_000
+
+
+class Wanted(OfMode):
+    """Which snapshots of a position."""
+
+    limit: Limit = 100
+    """Most snapshots to return."""
+    offset: Annotated[
+        int,
+        text(whole(0, OFFSET_MAX)),
+        WithJsonSchema({"type": "integer", "minimum": 0, "maximum": OFFSET_MAX}),
+    ] = 0
+    """So many of the newest are left out."""
+    from_: Moment | SkipJsonSchema[None] = Field(None, alias="from")
+    """Only of this moment and later."""
+    to: Moment | SkipJsonSchema[None] = None
+    """Only of this moment and earlier."""
+
+
+class Snapshot(RootModel[SnapshotView]):
+    """One snapshot."""
+
+
+class Snapshots(BaseModel):
+    """Snapshots of a position, the newest first."""
+
+    snapshots: list[SnapshotView]
+    count: int
+
+
+@blueprint.post("/positions/<asset>/snapshot", responses={201: Snapshot}, openapi_extensions=OF_BODY)
+@checked
+def take(path: OfAsset, query: OfMode) -> tuple[Response, HTTPStatus]:
+    """Take a snapshot of a position now; it is published as one that was taken on schedule.
+
+    Raises:
+        NotFound: there is no such position.
+    """
+    own, trace_id = resources(), g.trace_id
+    [view] = in_transaction(
+        own.engine,
+        lambda connection: take_snapshots(
+            connection,
+            [PositionKey(path.asset, query.mode)],
+            at=datetime.now(UTC),
+            stale_after=own.stale_after,
+            trace_id=trace_id,
+        ),
+        retry=own.retry,
+    )
+    return jsonify(snapshot_object(view)), HTTPStatus.CREATED
+
+
+@blueprint.get("/positions/<asset>/snapshots", responses={200: Snapshots})
+@checked
+def listed(path: OfAsset, query: Wanted) -> Response:
+    """List the snapshots of a position, the newest first.
+
+    Raises:
+        NotFound: there is no such position.
+    """
+    with transaction(resources().reads) as connection:
+        found = snapshots(
+            connection,
+            PositionKey(path.asset, query.mode),
+            limit=query.limit,
+            offset=query.offset,
+            from_=query.from_,
+            to=query.to,
+        )
+    return jsonify(snapshots=[snapshot_object(each) for each in found], count=len(found))

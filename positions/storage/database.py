@@ -1,11 +1,12 @@
 """Connections to PostgreSQL, and the transaction: one unit of work, retried as a whole where right."""
 
+import math
 import random
 import select
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -36,13 +37,13 @@ _SESSION = {
 TRIES_S = 10.0
 """No further try of a transaction begins after so long."""
 ANSWER_S = 10.0
-"""How long the waits of one transaction may take where they are bounded (:func:`bound_waits`): longer than a
-server that is alive takes to give up a statement."""
+"""How long a server may take to answer where waits are bounded (:func:`bound_waits`): longer than one that is
+alive takes to give up a statement."""
 PROBE_S = 2.0
-"""The same for who tries a database that did not answer in time."""
+"""The same for a server that did not answer in time the last time."""
 
 _deadline: ContextVar[float] = ContextVar("deadline")
-# Set from when a server did not answer in time until it answers anyone.
+# Set from when the server did not answer in time until it answers anyone.
 _silent = threading.Event()
 _probe = threading.Lock()
 
@@ -70,18 +71,34 @@ def connect(url: str, *, pool_size: int = 5, application: str = "positions") -> 
 
 
 def bound_waits() -> None:
-    """End every wait for the database in this process within `ANSWER_S` of its transaction's begin.
+    """End every wait for the database in this process after `ANSWER_S`, and close its connection.
 
     libpq waits for ever for a server that is frozen, or whose machine is: the timeouts of a session are
-    the server's own, and the kernel goes on acknowledging. Not for processes that COPY, nor for Celery's,
-    whose tasks have a time limit: it is in force for all connections, and costs some 10 µs a statement.
+    the server's own, and the kernel goes on acknowledging. While the server is silent one thread at a time
+    tries it; the others are told at once, so that requests do not pile up behind it.
+
+    Not for processes that COPY, nor for Celery's, whose tasks have a time limit: it is in force for all
+    connections, and costs some 10 µs a statement.
     """
     extensions.set_wait_callback(_wait)
 
 
 def _wait(connection: Any) -> None:
     """Wait until ``connection`` has what it asked for; psycopg2 closes it when this raises."""
-    deadline = _deadline.get(None) or time.monotonic() + ANSWER_S
+    deadline = min(time.monotonic() + ANSWER_S, _deadline.get(math.inf))
+    if not _silent.is_set():
+        _wait_until(connection, deadline)
+    elif _probe.acquire(blocking=False):
+        try:
+            _wait_until(connection, min(deadline, time.monotonic() + PROBE_S))
+        finally:
+            _probe.release()
+        _silent.clear()
+    else:
+        raise psycopg2.OperationalError("the server did not answer in time, and is being tried again")
+
+
+def _wait_until(connection: Any, deadline: float) -> None:
     while (state := connection.poll()) != extensions.POLL_OK:
         socket = select.poll()
         socket.register(
@@ -90,43 +107,26 @@ def _wait(connection: Any) -> None:
         if not socket.poll(max(deadline - time.monotonic(), 0) * 1000):
             _silent.set()
             raise psycopg2.OperationalError("the server did not answer in time")
-    if _silent.is_set():
-        _silent.clear()
 
 
-def bounded() -> AbstractContextManager[None]:
-    """Bound what the block waits for the database in all, where waits are bounded; :func:`transaction` does.
+def refuse_while_silent() -> None:
+    """Return unless the server is silent and another thread is trying it; for who would wait for that thread.
 
     Raises:
-        Unavailable: the server did not answer in time a moment ago, and another thread is trying it again.
+        Unavailable: it is.
     """
-    return _one_probe() if _silent.is_set() else answered_within(ANSWER_S)
+    if _silent.is_set() and _probe.locked():
+        raise Unavailable("the server did not answer in time, and is being tried again")
 
 
 @contextmanager
 def answered_within(seconds: float) -> Iterator[None]:
-    """Bound the waits of the transactions in the block, where they are bounded at all, more tightly."""
-    token = _deadline.set(min(time.monotonic() + seconds, _deadline.get(float("inf"))))
+    """Bound all waits of the block together, where waits are bounded at all."""
+    token = _deadline.set(time.monotonic() + seconds)
     try:
         yield
     finally:
         _deadline.reset(token)
-
-
-@contextmanager
-def _one_probe() -> Iterator[None]:
-    """Let one thread at a time ask a silent server; the others need not wait to know.
-
-    Raises:
-        Unavailable: another thread is asking.
-    """
-    if not _probe.acquire(blocking=False):
-        raise Unavailable("the server did not answer in time, and is being tried again")
-    try:
-        with answered_within(PROBE_S):
-            yield
-    finally:
-        _probe.release()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +155,7 @@ def transaction(engine: Engine) -> Iterator[Connection]:
         DataError: the database refuses a value; it would again.
     """
     try:
-        with bounded(), engine.begin() as connection:
+        with engine.begin() as connection:
             yield connection
     except DataError:
         raise

@@ -87,6 +87,7 @@ def on_starting(server: Any) -> None:
     if not folder:
         folder = os.environ[_METRICS] = tempfile.mkdtemp(prefix="positions-metrics-", dir=worker_tmp_dir)
         server.made_for_metrics = folder
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for file in Path(folder).glob("*.db"):
         file.unlink()
 

@@ -127,9 +127,12 @@ def metrics() -> Response:
     gauges: Gauges = current_app.extensions[_NAME]()
     registry = _of_all_processes()
     if request.accept_mimetypes.best_match(("text/plain", "application/json")) == "application/json":
-        return jsonify(_short(registry, gauges))
-    registry.register(_Families(gauges))
-    return Response(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
+        response = jsonify(_short(registry, gauges))
+    else:
+        registry.register(_Families(gauges))
+        response = Response(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
+    response.vary.add("Accept")
+    return response
 
 
 def _ask() -> Gauges:

@@ -101,11 +101,13 @@ class Served:
         listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
         return [int(each) for each in listed.split()]
 
-    def get(self, path: str, *, limit_s: float = 30, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    def get(
+        self, path: str, headers: Mapping[str, str] | None = None, *, limit_s: float = 30
+    ) -> tuple[int, dict[str, str], bytes]:
         """Return status, headers and body; status 0 where the connection was closed without an answer."""
         with closing(HTTPConnection("127.0.0.1", self.port, timeout=limit_s)) as connection:
             try:
-                connection.request("GET", path, headers=headers)
+                connection.request("GET", path, headers=dict(headers or {}))
                 response = connection.getresponse()
                 return response.status, dict(response.getheaders()), response.read()
             except ConnectionError:

@@ -1,0 +1,381 @@
+"""The REST API as gunicorn serves it: to clients and operators of every kind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from datetime import UTC, datetime
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, text
+
+from tests.integration.api import APPLICATION, GUNICORN, KEY, ROOT, Served, environ, served, store
+from tests.services import PostgreSQL, wait_until
+
+IMPATIENT = "tests.integration.impatient_app:create_app()"
+WITH_KEY = {"X-API-Key": KEY}
+Settings = dict[str, str]
+
+
+@pytest.fixture
+def settings(database_url: str, broker_url: str, redis_url: str) -> Settings:
+    return environ(database_url, broker_url, redis_url, POSITION_MANAGER_RATE_LIMIT_ENABLED="false")
+
+
+@pytest.fixture
+def gunicorn(settings: Settings, tmp_path: Path) -> Iterator[Served]:
+    with served(tmp_path, settings) as api:
+        yield api
+
+
+def _store(database: str, *assets: str) -> None:
+    rows = (
+        {"asset": asset, "mode": "one-way", "size": 1, "long_size": 1, "last_updated": datetime.now(UTC)}
+        for asset in assets
+    )
+    store(database, *rows)
+
+
+def _together(count: int, work: Callable[[], None]) -> list[threading.Thread]:
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def _all(connection: socket.socket) -> bytes:
+    """Return what comes until the other side hangs up."""
+    received = b""
+    while data := connection.recv(65536):
+        received += data
+    return received
+
+
+def test_requests_are_served_and_logged_with_a_line_each(
+    gunicorn: Served, database_url: str, broker_url: str
+) -> None:
+    _store(database_url, "BTCUSDT")
+    headers = {**WITH_KEY, "X-Trace-Id": "through-gunicorn"}
+    status, answered, body = gunicorn.get("/api/v1/positions?asset=btcusdt", headers)
+    assert status == 200
+    assert json.loads(body)["positions"][0]["size"] == "1"
+    assert answered["X-Trace-Id"] == "through-gunicorn"
+    assert answered["Server"] == "position-manager"
+    assert gunicorn.get("/api/v1/positions", {"X-API-Key": "wrong"})[0] == 401
+    assert json.loads(gunicorn.get("/health")[2])["status"] == "healthy"
+
+    gunicorn.process.send_signal(signal.SIGTERM)
+    assert gunicorn.process.wait(30) == 0
+    assert [line["status"] for line in gunicorn.served(trace_id="through-gunicorn")] == [200]
+    assert len(gunicorn.served(route="/api/v1/positions")) == 2
+    assert all(line["timestamp"].endswith("Z") and line["service"] for line in gunicorn.lines)
+    assert not [line for line in gunicorn.lines if line["logger"] == "gunicorn.access"]
+    for secret in (KEY, "asset=btcusdt", broker_url):
+        assert secret not in gunicorn.log
+
+
+def test_many_are_served_at_once(gunicorn: Served, database_url: str) -> None:
+    _store(database_url, *(f"C{number:03}" for number in range(100)))
+    statuses: list[int] = []
+
+    def ask() -> None:
+        paths = ("/api/v1/positions", "/api/v1/portfolio", "/health") * 5
+        statuses.extend(gunicorn.get(path, WITH_KEY)[0] for path in paths)
+
+    for thread in _together(16, ask):
+        thread.join()
+    assert statuses == [200] * 16 * 15
+
+
+def test_without_a_key_it_says_so_in_one_line() -> None:
+    done = subprocess.run(
+        [*GUNICORN, APPLICATION],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("POSITION_MANAGER_")},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "positions: POSITION_MANAGER_API_KEY: required, the key that clients send as X-API-Key"
+    )
+
+
+# --- requests that are none
+
+
+BROKEN = {
+    "long line": (b"GET /made-up" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n", 414, "request_uri_too_long"),
+    "many headers": (
+        b"GET / HTTP/1.1\r\n" + b"".join(b"X-%d: made-up\r\n" % each for each in range(60)) + b"\r\n",
+        431,
+        "request_header_fields_too_large",
+    ),
+    "long header": (
+        b"GET / HTTP/1.1\r\nX: made-up" + b"x" * 9000 + b"\r\n\r\n",
+        431,
+        "request_header_fields_too_large",
+    ),
+    "no HTTP": (b"made-up\r\n\r\n", 400, "bad_request"),
+    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, "bad_request"),
+    "version": (b"GET / HTTP/9.9\r\n\r\n", 400, "bad_request"),
+    "header": (b"GET / HTTP/1.1\r\nmade up: 1\r\n\r\n", 400, "bad_request"),
+    "two lengths": (b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400, "bad_request"),
+    "coding": (b"POST / HTTP/1.1\r\nTransfer-Encoding: made-up\r\n\r\n", 501, "not_implemented"),
+}
+
+
+def test_broken_request_is_answered_as_any_other(gunicorn: Served) -> None:
+    _, usual, _ = gunicorn.get("/nothing")
+    before = len(gunicorn.lines)
+    traces = []
+    for name, (request, status, code) in BROKEN.items():
+        with gunicorn.connect() as connection:
+            connection.sendall(request)
+            head, _, body = _all(connection).decode().partition("\r\n\r\n")
+        first, *lines = head.split("\r\n")
+        assert first.startswith(f"HTTP/1.1 {status} "), name
+        headers = dict(line.split(": ", 1) for line in lines)
+        problem = json.loads(body)
+        assert problem.pop("trace_id") == headers["X-Trace-Id"]
+        assert problem.pop("detail") == problem.pop("message")
+        assert problem.pop("title")
+        assert problem == {
+            "type": "about:blank",
+            "status": status,
+            "instance": "/",
+            "error_code": code,
+            "details": {},
+        }, name
+        assert headers.pop("Connection") == "close"
+        assert headers.pop("Content-Length") == str(len(body))
+        same = headers.keys() - {"X-Trace-Id", "Date"}
+        assert {each: headers[each] for each in same} == {each: usual[each] for each in same}, name
+        assert {"X-Content-Type-Options", "X-Frame-Options", "Content-Security-Policy", "Server"} <= same
+        assert "made" not in head + body, name
+        traces.append((headers["X-Trace-Id"], status))
+    lines_of_requests = gunicorn.lines[before:]
+    assert [(line["trace_id"], line["status"]) for line in lines_of_requests] == traces
+    assert {line["event"] for line in lines_of_requests} == {"request_served"}
+    assert "made" not in str(lines_of_requests)
+
+
+def test_broken_chunk_gets_one_answer(gunicorn: Served) -> None:
+    with gunicorn.connect() as connection:
+        connection.sendall(b"POST /health HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nno-size\r\n")
+        received = _all(connection)
+    assert received.startswith(b"HTTP/1.1 401 ")
+    assert received.count(b"HTTP/1.1") == 1
+
+
+def test_clients_that_vanish_leave_no_traceback(gunicorn: Served, database_url: str) -> None:
+    _store(database_url, *(f"C{number:03}" for number in range(500)))
+    list_all = f"GET /api/v1/positions HTTP/1.1\r\nX-API-Key: {KEY}\r\n\r\n".encode()
+    for request in (b"", b"GET /hea", b"GET /health HTTP/1.1\r\n\r\n", list_all, list_all * 3):
+        for _ in range(5):
+            with gunicorn.connect() as connection:
+                # Closed with a reset, whatever was not read yet.
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.sendall(request)
+    assert gunicorn.get("/health")[0] == 200
+    gunicorn.process.send_signal(signal.SIGTERM)
+    assert gunicorn.process.wait(30) == 0
+    assert not [line for line in gunicorn.lines if line["level"] in ("error", "critical")]
+    assert "Traceback" not in gunicorn.log
+
+
+# --- clients that are slow
+
+
+def test_clients_that_say_nothing_hold_no_thread(settings: Settings, tmp_path: Path) -> None:
+    small = {"POSITION_MANAGER_WEB_WORKERS": "1", "POSITION_MANAGER_WEB_THREADS": "1"}
+    with served(tmp_path, {**settings, **small}) as api, ExitStack() as silent:
+        for _ in range(20):
+            silent.enter_context(api.connect())
+        # Each would hold the thread for five seconds.
+        assert api.get("/health/live", limit_s=40)[0] == 200
+
+
+def test_clients_that_do_not_hang_up_hold_no_worker(settings: Settings, tmp_path: Path) -> None:
+    small = {"POSITION_MANAGER_WEB_WORKERS": "1", "POSITION_MANAGER_WEB_THREADS": "4"}
+    with served(tmp_path, {**settings, **small}) as api, ExitStack() as lingering:
+        for _ in range(12):
+            connection = lingering.enter_context(api.connect())
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nConnection: close\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 200"
+
+
+def _headers_that_never_end(connection: socket.socket) -> None:
+    connection.sendall(b"x")
+
+
+def _answers_unread(connection: socket.socket) -> None:
+    del connection
+
+
+@pytest.mark.parametrize(
+    ("request_", "then"),
+    [
+        (b"GET /health/live HTTP/1.1\r\nX-Slow: ", _headers_that_never_end),
+        (b"POST /api/v1/positions HTTP/1.1\r\nContent-Length: 60000\r\n\r\nx", _headers_that_never_end),
+        (
+            f"GET /api/v1/positions HTTP/1.1\r\nX-API-Key: {KEY}\r\n\r\n".encode() * 40,
+            _answers_unread,
+        ),
+    ],
+    ids=["headers", "body", "unread"],
+)
+def test_slow_client_is_cut_off(
+    request_: bytes,
+    then: Callable[[socket.socket], None],
+    settings: Settings,
+    database_url: str,
+    tmp_path: Path,
+) -> None:
+    _store(database_url, *(f"C{number:03}" for number in range(1000)))
+    small = {"POSITION_MANAGER_WEB_WORKERS": "1", "POSITION_MANAGER_WEB_THREADS": "1"}
+    with served(tmp_path, {**settings, **small}, app=IMPATIENT) as api, api.connect() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(request_)
+        stop = threading.Event()
+
+        def be_slow() -> None:
+            while not stop.wait(0.1):
+                try:
+                    then(connection)
+                except OSError:
+                    return
+
+        (slow,) = _together(1, be_slow)
+        try:
+            # There is one thread, and the slow client would have it for ever.
+            assert api.get("/health/live", limit_s=40)[0] == 200
+        finally:
+            stop.set()
+            slow.join()
+        assert not [line for line in api.lines if line["level"] in ("error", "critical")]
+
+
+# --- a database that stands still
+
+
+def test_frozen_database_is_given_up_and_used_again(
+    postgres: PostgreSQL, settings: Settings, database_url: str, tmp_path: Path
+) -> None:
+    _store(database_url, "BTCUSDT")
+    small = {"POSITION_MANAGER_WEB_WORKERS": "1", "POSITION_MANAGER_WEB_THREADS": "4"}
+    paths = ("/api/v1/positions", "/api/v1/positions/BTCUSDT", "/api/v1/portfolio", "/api/v1/portfolio/pnl")
+    with served(tmp_path, {**settings, **small}) as api:
+        for path in paths:
+            assert api.get(path, WITH_KEY)[0] == 200, path
+        answers: list[tuple[int, dict[str, str], bytes]] = []
+
+        def ask() -> None:
+            answers.extend(api.get(path, WITH_KEY, limit_s=60) for path in paths[:2])
+
+        with postgres.frozen():
+            for thread in _together(8, ask):
+                thread.join()
+            assert {status for status, _, _ in answers} == {503}
+            for _, headers, body in answers:
+                assert json.loads(body)["error_code"] == "unavailable"
+                assert int(headers["Retry-After"]) > 0
+            # Each thread waits to the end once; from then on one request at a time does, for a short while.
+            waited = [line for line in api.served(status=503) if line["duration_ms"] > 9000]
+            assert 1 <= len(waited) <= 4
+            assert api.get("/health/live")[0] == 200
+            assert api.get("/health/ready")[0] == 503
+            assert api.get("/health")[0] == 503
+            assert api.get("/metrics")[0] == 200
+        _store(database_url, "ETHUSDT")
+        assert wait_until(lambda: api.get("/api/v1/positions", WITH_KEY)[0] == 200, limit_s=30)
+        for path in paths:
+            assert api.get(path, WITH_KEY)[0] == 200, path
+        assert json.loads(api.get(paths[0], WITH_KEY)[2])["count"] == 2
+        assert api.get("/health/ready")[0] == 200
+        assert not [line for line in api.lines if line["level"] in ("error", "critical")]
+
+
+# --- operators
+
+
+def test_requests_in_flight_are_answered_before_it_stops(
+    settings: Settings, database_url: str, engine: Engine, tmp_path: Path
+) -> None:
+    _store(database_url, "BTCUSDT")
+    with served(tmp_path, settings) as api:
+        statuses: list[int] = []
+        with engine.begin() as connection, engine.connect() as other:
+            connection.execute(text("LOCK TABLE positions"))
+            asking = _together(4, lambda: statuses.append(api.get("/api/v1/positions/BTCUSDT", WITH_KEY)[0]))
+            waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+            assert wait_until(lambda: other.scalar(waiting) == 4, limit_s=10)
+            api.process.send_signal(signal.SIGTERM)
+            assert wait_until(lambda: "Handling signal: term" in api.log, limit_s=10)
+        for thread in asking:
+            thread.join()
+        assert statuses == [200] * 4
+        assert api.process.wait(30) == 0
+
+
+def _entry(name: str) -> dict[str, str]:
+    return {"name": name, "hash": hashlib.sha256(name.encode()).hexdigest(), "role": "read"}
+
+
+def test_reload_reads_the_settings_and_fails_no_request(
+    settings: Settings, database_url: str, tmp_path: Path
+) -> None:
+    _store(database_url, "BTCUSDT")
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps([_entry("old")]))
+    with served(tmp_path, {**settings, "POSITION_MANAGER_API_KEYS": str(keys)}) as api:
+        assert api.get("/api/v1/positions", {"X-API-Key": "new"})[0] == 401
+        stop = threading.Event()
+        failures: list[object] = []
+        answered: list[int] = []
+
+        def ask() -> None:
+            with closing(HTTPConnection("127.0.0.1", api.port, timeout=30)) as connection:
+                while not stop.is_set():
+                    fresh = connection.sock is None
+                    try:
+                        connection.request("GET", "/api/v1/positions/BTCUSDT", headers=WITH_KEY)
+                        response = connection.getresponse()
+                        response.read()
+                    except (ConnectionError, HTTPException) as error:
+                        connection.close()
+                        # A connection that was closed while it was idle: every client has to expect that.
+                        if fresh:
+                            failures.append(error)
+                        continue
+                    answered.append(response.status)
+                    if response.status != 200:
+                        failures.append(response.status)
+
+        clients = _together(6, ask)
+        try:
+            for name in ("new", "newer"):
+                old = set(api.workers)
+                keys.write_text(json.dumps([_entry(name)]))
+                api.process.send_signal(signal.SIGHUP)
+                assert wait_until(lambda old=old: not old & set(api.workers), limit_s=30)  # type: ignore[misc]
+                assert api.get("/api/v1/positions", {"X-API-Key": name})[0] == 200
+        finally:
+            stop.set()
+            for client in clients:
+                client.join()
+        assert failures == []
+        assert answered
+        assert api.get("/api/v1/positions", {"X-API-Key": "old"})[0] == 401

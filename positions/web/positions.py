@@ -1,15 +1,18 @@
 """`/positions`: what is held, as a list and one by one."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Annotated
 
-from flask import Response
-from pydantic import BaseModel, RootModel
+from flask import Response, jsonify
+from pydantic import BaseModel, Field, RootModel
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import Connection
 
 from positions.domain.events import Mode, PositionKey
-from positions.messages.outbound import PositionView, position_object
+from positions.messages.outbound import ExecutionView, PositionView, execution_object, position_object
+from positions.queries.executions import Place, executions
 from positions.queries.positions import PAGE_MAX, Status, position, positions
+from positions.storage.database import transaction
 from positions.web.answers import kept
 from positions.web.openapi import TAGGED, api
 from positions.web.parameters import (
@@ -22,11 +25,26 @@ from positions.web.parameters import (
     OfMode,
     Parameters,
     checked,
+    cursor,
     cursor_of,
 )
 from positions.web.resources import resources
 
 blueprint = api("positions")
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+def _place(microseconds: str, id_: str) -> Place:
+    try:
+        return Place(_EPOCH + int(microseconds) * _MICROSECOND, int(id_))
+    except OverflowError:
+        raise ValueError("is of no time there is") from None
+
+
+PlaceCursor = Annotated[Place, *cursor(r"(-?[0-9]{1,16})\.([0-9]{1,18})", _place)]
 
 
 class Listed(Parameters):
@@ -52,6 +70,18 @@ class One(OfMode):
     """What it was at that moment, by all that is known now."""
 
 
+class Executed(OfMode):
+    """Which entries of a position's ledger."""
+
+    limit: Limit = 100
+    """Most entries on a page."""
+    cursor: PlaceCursor | SkipJsonSchema[None] = None
+    from_: Moment | SkipJsonSchema[None] = Field(None, alias="from")
+    """Only of this time and later."""
+    to: Moment | SkipJsonSchema[None] = None
+    """Only of this time and earlier."""
+
+
 class Position(RootModel[PositionView]):
     """One position."""
 
@@ -60,6 +90,15 @@ class Positions(BaseModel):
     """Positions in order of asset and mode."""
 
     positions: list[PositionView]
+    count: int
+    next_cursor: str | None
+    """Leads to the next page; null on the last."""
+
+
+class Executions(BaseModel):
+    """Entries of a position's ledger, the newest first."""
+
+    executions: list[ExecutionView]
     count: int
     next_cursor: str | None
     """Leads to the next page; null on the last."""
@@ -107,3 +146,28 @@ def one(path: OfAsset, query: One) -> Response:
         )
 
     return kept(make)
+
+
+@blueprint.get("/positions/<asset>/executions", responses={200: Executions})
+@checked
+def made_by(path: OfAsset, query: Executed) -> Response:
+    """List what made a position's numbers: executions, order reports, funding and adjustments.
+
+    Raises:
+        NotFound: there is no such position.
+    """
+    with transaction(resources().reads) as connection:
+        page = executions(
+            connection,
+            PositionKey(path.asset, query.mode),
+            limit=query.limit,
+            after=query.cursor,
+            from_=query.from_,
+            to=query.to,
+        )
+    behind = page.next and cursor_of((page.next.executed_at - _EPOCH) // _MICROSECOND, page.next.id)
+    return jsonify(
+        executions=[execution_object(each) for each in page.executions],
+        count=len(page.executions),
+        next_cursor=behind,
+    )

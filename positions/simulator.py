@@ -17,12 +17,12 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeVar
 
-import requests
 import structlog
 from amqp.exceptions import NotFound
 from kombu.connection import Connection
 from kombu.messaging import Producer
 
+from positions.client import Client, ClientError, Position
 from positions.domain.events import LegName, Mode
 from positions.domain.leg import Fill, FillOrder, Leg
 from positions.domain.numbers import ZERO, exact, plain, quotient, rounded
@@ -204,28 +204,28 @@ class Feed:
         """How many messages are still on their way."""
         return len(self._held)
 
-    def restore(self, positions: Iterable[Mapping[str, Any]] | None, now: datetime) -> None:
-        """Go on from the service's ``positions`` (objects of its REST API), or from flat books if None.
+    def restore(self, positions: Iterable[Position] | None, now: datetime) -> None:
+        """Go on from the service's ``positions``, or from flat books if None.
 
         What is gone on from is reported first, as by a gateway that connects: service and venue agree.
         """
-        found = None if positions is None else {(row["asset"], row["mode"]): row for row in positions}
+        found = None if positions is None else {(each.asset, each.mode): each for each in positions}
         for market in self.markets:
             if found is None:
                 market.report_at = dict.fromkeys(market.legs, now)
-            elif row := found.get((market.instrument.symbol, market.instrument.mode)):
-                market.value = Decimal(row["current_price"] or market.value)
+            elif position := found.get((market.instrument.symbol, market.instrument.mode)):
+                market.value = position.current_price or market.value
+                held_by = {
+                    LegName.NET: (position.size, position.average_entry_price),
+                    LegName.LONG: (position.long_size, position.long_avg_price),
+                    LegName.SHORT: (position.short_size, position.short_avg_price),
+                }
                 # Which leg of a hedge earned it the service does not say: the first carries it all.
-                realized = Decimal(row["realized_pnl"])
+                realized = position.realized_pnl
                 for name in market.legs:
-                    size, average = (
-                        ("size", "average_entry_price")
-                        if name is LegName.NET
-                        else (f"{name}_size", f"{name}_avg_price")
-                    )
-                    held = Decimal(row[size])
+                    held, average = held_by[name]
                     with exact():
-                        cost = abs(held) * Decimal(row[average] or market.value)
+                        cost = abs(held) * (average or market.value)
                     market.legs[name] = Leg(size=held, cost=cost, gross=realized)
                     market.report_at[name], realized = now, ZERO
 
@@ -594,7 +594,7 @@ def run(
     log.info("simulator_stopped", published=published)
 
 
-def _present(settings: Settings, publisher: Publisher, stop: Stop) -> list[dict[str, Any]] | None:
+def _present(settings: Settings, publisher: Publisher, stop: Stop) -> list[Position] | None:
     """Return the positions the service holds once it has worked off its queues; None if it is away."""
     end, behind = time.monotonic() + SERVICE_LIMIT_S, False
     while not stop.asked:
@@ -613,17 +613,11 @@ def _present(settings: Settings, publisher: Publisher, stop: Stop) -> list[dict[
     return None
 
 
-def _fetch(settings: Settings) -> list[dict[str, Any]] | None:
+def _fetch(settings: Settings) -> list[Position] | None:
     key = settings.api_key.get_secret_value() if settings.api_key else ""
-    with requests.Session() as session:
-        # A proxy for the world outside has no part in this.
-        session.trust_env = False
+    with Client(f"http://127.0.0.1:{settings.port}", key, retries=0) as client:
         try:
-            url = f"http://127.0.0.1:{settings.port}/api/v1/positions"
-            answer = session.get(url, headers={"X-API-Key": key}, timeout=(2, 5))
-            answer.raise_for_status()
-            positions: list[dict[str, Any]] = answer.json()["positions"]
-        except requests.RequestException as error:
+            return list(client.positions())
+        except ClientError as error:
             log.debug("simulator_service_silent", reason=repr(error))
             return None
-    return positions

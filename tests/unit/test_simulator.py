@@ -2,6 +2,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import pairwise
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from positions.client import Position
 from positions.domain.events import Entry, Event, Kind, LegName, Report
 from positions.domain.leg import Leg
 from positions.domain.numbers import ZERO, exact, rounded
@@ -299,17 +301,18 @@ def test_malformed_messages_are_for_the_quarantine() -> None:
     assert len({reason.split(":")[0] for reason in refused}) > 2
 
 
-def row(asset: str, mode: str, **others: str | None) -> dict[str, Any]:
-    flat = {"size": "0", "long_size": "0", "short_size": "0", "realized_pnl": "0", "current_price": None}
-    averages = dict.fromkeys(("average_entry_price", "long_avg_price", "short_avg_price"))
-    return {"asset": asset, "mode": mode, **flat, **averages, **others}
+def row(asset: str, mode: str, **others: str) -> Position:
+    flat: dict[str, Any] = dict.fromkeys(field.name for field in fields(Position))
+    zeros = dict.fromkeys(("size", "long_size", "short_size", "realized_pnl"), ZERO)
+    figures = {name: Decimal(text) for name, text in others.items()}
+    return Position(**{**flat, "asset": asset, "mode": mode, **zeros, **figures})
 
 
 def test_a_restart_goes_on_from_the_services_positions() -> None:
     market = feed(15)
     btc = row("BTCUSDT", "one-way", size="-1.5", average_entry_price="90000.1", realized_pnl="-12.5")
-    eth = row("ETHUSDT", "hedge", size="1.5", long_size="2", short_size="-0.5", realized_pnl="7")
-    eth |= {"long_avg_price": "3000", "short_avg_price": "3100", "current_price": "3050.5"}
+    legs = {"long_size": "2", "short_size": "-0.5", "long_avg_price": "3000", "short_avg_price": "3100"}
+    eth = row("ETHUSDT", "hedge", size="1.5", realized_pnl="7", current_price="3050.5", **legs)
     other_mode = row("SOLUSDT", "hedge", size="10", long_size="10", long_avg_price="100")
     market.restore([btc, eth, other_mode, row("ELSEUSDT", "one-way", size="1")], START)
     first = [

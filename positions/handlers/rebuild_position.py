@@ -1,7 +1,7 @@
 """Fold a position anew from its whole ledger, and compare: no difference is the promise."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from sqlalchemy import Connection
@@ -10,16 +10,28 @@ from positions.domain.events import PositionKey
 from positions.domain.figures import figures
 from positions.domain.numbers import exact
 from positions.domain.orders import fills_of
-from positions.domain.position import refolded
+from positions.domain.position import Point, State, refolded
 from positions.errors import NotFound
 from positions.handlers.write_changes import Change, Rules, write_changes
 from positions.storage import fold_points, ledger, positions
+from positions.storage.positions import Stored
 
 Differences = Mapping[str, tuple[object, object]]
 """Figures that differ: what is stored, and what the ledger folds to."""
 
 # Since when a position that only reports tell of is open depends on which of them came first.
 _OF_ARRIVAL = {"opened_at", "closed_at"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """A position as it is stored, and as its whole ledger and its reports fold to."""
+
+    stored: Stored
+    state: State
+    points: Sequence[Point]
+    """What to keep of the way there."""
+    differences: Differences
 
 
 def rebuild_position(
@@ -33,10 +45,24 @@ def rebuild_position(
     Raises:
         NotFound: there is no such position.
     """
-    load = positions.lock if repair else positions.read
+    found = compared(connection, key, rules=rules, lock=repair)
+    if repair:
+        repaired(connection, found, rules=rules, now=now)
+    return found.differences
+
+
+def compared(connection: Connection, key: PositionKey, *, rules: Rules, lock: bool) -> Comparison:
+    """Return the position beside the fold of its whole ledger.
+
+    Without a ``lock``, a connection that does not see one moment may show differences that are none.
+
+    Raises:
+        NotFound: there is no such position.
+    """
+    load = positions.lock if lock else positions.read
     stored = load(connection, [key]).get(key)
     if stored is None:
-        raise NotFound(f"no {key.mode} position in {key.asset}")
+        raise NotFound(f"There is no {key.mode} position in {key.asset}.")
     entries = ledger.after(connection, {stored.id: None}).get(key, [])
     with exact():
         state, points = refolded(stored.state, fills_of(entries), rules.policy)
@@ -47,10 +73,16 @@ def rebuild_position(
     differences = {name: (found[name], wanted[name]) for name in names if found[name] != wanted[name]}
     if not differences and stored.state.ledger != state.ledger:
         differences = {"state": (stored.state.ledger, state.ledger)}
-    if repair:
-        fold_points.delete_from(connection, {stored.id: ledger.BEGINNING})
-        fold_points.add(connection, [(stored.id, point) for point in points])
-    if differences and repair:
-        change = Change(stored=stored, state=state, covers=0, source="validation")
+    # Of what an older service left, nothing is known that it could be compared with.
+    return Comparison(
+        stored=stored, state=state, points=points, differences={} if stored.adopted else differences
+    )
+
+
+def repaired(connection: Connection, found: Comparison, *, rules: Rules, now: datetime) -> None:
+    """Make the points of a position anew, and write it where it differs; it must be locked."""
+    fold_points.delete_from(connection, {found.stored.id: ledger.BEGINNING})
+    fold_points.add(connection, [(found.stored.id, point) for point in found.points])
+    if found.differences:
+        change = Change(stored=found.stored, state=found.state, covers=0, source="validation")
         write_changes(connection, [change], stale_after=rules.price_stale_after, now=now)
-    return differences

@@ -381,6 +381,34 @@ def execution_object(view: ExecutionView) -> dict[str, object]:
     return _object(view)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BreakView:
+    """A difference that reconciliation found."""
+
+    __pydantic_config__ = DOCUMENTED
+
+    kind: str
+    """`size`: the venue reports another size than our fills fold to; `over_reduction`: more was closed than
+    was held, so a fill is missing; `stored_...`: a stored figure is not what the ledger folds to."""
+    leg: str
+    """`net`, `long` or `short`; `net` also where it is of the position as a whole."""
+    ours: Amount
+    """What our ledger says; 0 where that is nothing, or no number."""
+    theirs: Amount
+    """What the venue says, or what was stored."""
+    report_id: str | None
+    """The venue's report that differs."""
+    first_seen_at: Time
+    last_seen_at: Time
+    resolution: str | None
+    """How it ended: `refolded` where the stored figure was set right; null while it stands."""
+
+
+def break_object(view: BreakView) -> dict[str, object]:
+    """Return a break, JSON-ready."""
+    return _object(view)
+
+
 def position_object(view: PositionView) -> dict[str, object]:
     """Return the contract's position object, JSON-ready."""
     return {name: _json(getattr(view, name)) for name in _FIELDS}

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, RowMapping, select
 
-from positions.domain.breaks import Break, BreakKind
-from positions.domain.events import LegName
+from positions.domain.breaks import Break
+from positions.storage.tables import breaks
 
-Found = tuple[str, LegName, BreakKind, Break]
+Found = tuple[str, str, str, Break]
 """A break and where it is: position id, leg, kind."""
 
 _RESOLVE = """
@@ -42,7 +42,7 @@ def keep(connection: Connection, found: Sequence[Found], *, now: datetime) -> No
 
 def resolve(
     connection: Connection,
-    ended: Sequence[tuple[str, LegName, BreakKind]],
+    ended: Sequence[tuple[str, str, str]],
     *,
     resolution: str,
     now: datetime,
@@ -52,5 +52,13 @@ def resolve(
         connection.exec_driver_sql(_RESOLVE, {**_arrays(ended), "now": now, "resolution": resolution})
 
 
-def _arrays(of: Sequence[tuple[str, LegName, BreakKind]]) -> Mapping[str, list[str]]:
+def listed(connection: Connection, position_id: str, *, open_only: bool) -> Sequence[RowMapping]:
+    """Return the breaks of a position as rows, in the order in which they were first seen."""
+    statement = select(breaks).where(breaks.c.position_id == position_id).order_by(breaks.c.id)
+    if open_only:
+        statement = statement.where(breaks.c.resolved_at.is_(None))
+    return connection.execute(statement).mappings().all()
+
+
+def _arrays(of: Sequence[tuple[str, str, str]]) -> Mapping[str, list[str]]:
     return {name: [str(each[place]) for each in of] for place, name in enumerate(("position", "leg", "kind"))}

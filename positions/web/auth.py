@@ -222,7 +222,7 @@ class KeyRing:
                 threading.Thread(target=self._fetch, args=(self._reading,), daemon=True).start()
             reading, left_s = self._reading, self._asked_at + WAIT_S - now
         # Who comes while the database hangs does not wait as well.
-        if wait and reading is not None and left_s > 0:
+        if wait and reading is not None:
             reading.wait(left_s)
 
     def _fetch(self, done: threading.Event) -> None:

@@ -100,7 +100,7 @@ def test_processes_share_a_limit(make_app: Make, redis_url: str) -> None:
 
 
 def test_each_key_has_a_limit_of_its_own(make_app: Make, redis_url: str) -> None:
-    tiers = {"model": None, "risk": 4, "ui": 4}
+    tiers = {"model": None, "risk": 4, "other": 4, "ui": 4}
     entries = [
         {"name": name, "hash": hashlib.sha256(name.encode()).hexdigest(), "tier": tier}
         for name, tier in tiers.items()
@@ -110,7 +110,7 @@ def test_each_key_has_a_limit_of_its_own(make_app: Make, redis_url: str) -> None
         "POSITION_MANAGER_RATE_LIMIT_OVERRIDES": f"{KEY}:5,ui:6",
     }
     client = limited(make_app, redis_url, 3, **more)
-    for key, limit in ((KEY, 5), ("model", 3), ("risk", 4), ("ui", 6)):
+    for key, limit in ((KEY, 5), ("model", 3), ("risk", 4), ("other", 4), ("ui", 6)):
         assert statuses(client, 8, headers={"X-API-Key": key}) == {404: limit, 429: 8 - limit}
 
 
@@ -243,6 +243,26 @@ def test_what_has_left_the_window_goes_however_much_it_is(redis_url: str) -> Non
         assert 50_000 < ttl <= 60_000
 
 
+def test_an_interrupted_request_leaves_its_answer_to_nobody(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(BaseException):
+        pass
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise Interrupted
+
+    limit = RateLimitItemPerSecond(10, 60)
+    with window(redis_url) as limiter:
+        limiter.hit(limit, "a")
+        with monkeypatch.context() as patch:
+            patch.setattr(redis.Connection, "read_response", interrupted)
+            with pytest.raises(Interrupted):
+                limiter.hit(limit, "a")
+        limiter.hit(limit, "a")
+        assert limiter.get_window_stats(limit, "a")[1] == 7
+
+
 @pytest.mark.usefixtures("redis_server")
 def test_one_call_a_request(make_app: Make, redis_url: str) -> None:
     client = limited(make_app, redis_url, 10)
@@ -359,6 +379,9 @@ def test_redis_that_takes_no_writes_is_as_good_as_none(
             del asked[:]
             assert statuses(client, 40) == {404: 30, 429: 10}
             assert len(asked) < 10
+            # That it answers is not enough to be used again.
+            [limiter] = client.application.extensions["limiter"]
+            assert not limiter.storage.check()
         finally:
             admin.config_set("maxmemory", 0)
             admin.replicaof("NO", "ONE")

@@ -208,12 +208,15 @@ def test_clients_that_say_nothing_hold_no_thread(settings: Settings, tmp_path: P
         assert api.get("/health/live", limit_s=40)[0] == 200
 
 
-def test_clients_that_do_not_hang_up_hold_no_worker(settings: Settings, tmp_path: Path) -> None:
-    small = {"POSITION_MANAGER_WEB_WORKERS": "1", "POSITION_MANAGER_WEB_THREADS": "4"}
+def test_clients_that_do_not_hang_up_do_not_stop_the_worker(settings: Settings, tmp_path: Path) -> None:
+    small = {"POSITION_MANAGER_WEB_WORKERS": "1", "POSITION_MANAGER_WEB_THREADS": "20"}
     with served(tmp_path, {**settings, **small}) as api, ExitStack() as lingering:
-        for _ in range(12):
-            connection = lingering.enter_context(api.connect())
+        connections = [lingering.enter_context(api.connect()) for _ in range(19)]
+        for connection in connections:
             connection.sendall(b"GET /health/live HTTP/1.1\r\nConnection: close\r\n\r\n")
+        # gunicorn would wait two seconds for each, one after the other, and do nothing else.
+        assert api.get("/health/live", limit_s=20)[0] == 200
+        for connection in connections:
             assert connection.recv(12) == b"HTTP/1.1 200"
 
 
@@ -260,8 +263,10 @@ def test_slow_client_is_cut_off(
 
         (slow,) = _together(1, be_slow)
         try:
-            # There is one thread, and the slow client would have it for ever.
-            assert api.get("/health/live", limit_s=40)[0] == 200
+            # There is one thread, and the slow client would have it for ever; not reading, only once the
+            # buffers between are full.
+            for _ in range(30):
+                assert api.get("/health/live", limit_s=40)[0] == 200
         finally:
             stop.set()
             slow.join()

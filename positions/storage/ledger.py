@@ -44,7 +44,7 @@ _AFTER = f"""
     JOIN positions p ON p.id = v.position_id
     CROSS JOIN LATERAL (
         SELECT * FROM ledger
-        WHERE ledger.position_id = v.position_id AND ledger.executed_at >= v.at
+        WHERE ledger.position_id = v.position_id AND ledger.executed_at BETWEEN v.at AND %(until)s
             AND kind IN ('trade', 'funding', 'order_report')
             AND (ledger.executed_at, coalesce(ledger.venue_seq, -1), ledger.key COLLATE "C")
                 > (v.at, v.seq, v.key COLLATE "C")
@@ -57,6 +57,27 @@ _PAGE = f"""
     WHERE position_id = %(position_id)s AND executed_at BETWEEN %(from)s AND %(to)s
         AND (executed_at, id) < (%(until)s, %(id)s)
     ORDER BY executed_at DESC, id DESC LIMIT %(limit)s
+"""
+_ADJUSTMENTS = f"""
+    {_SELECT} FROM unnest(%(position)s::uuid[], %(since)s::timestamptz[]) AS v (position_id, since)
+    JOIN positions p ON p.id = v.position_id
+    JOIN ledger l ON l.position_id = v.position_id AND l.executed_at BETWEEN v.since AND %(until)s
+    WHERE l.kind = 'adjustment' AND l.size_after IS NOT NULL
+    ORDER BY l.executed_at, l.id
+"""
+_FIRST_TIMES = """
+    SELECT v.id, l.at FROM unnest(%(position)s::uuid[]) AS v (id)
+    CROSS JOIN LATERAL (SELECT min(executed_at) AS at FROM ledger WHERE position_id = v.id) l
+    WHERE l.at IS NOT NULL
+"""
+_TOLD_APART = """
+    SELECT DISTINCT v.id FROM unnest(%(position)s::uuid[], %(point)s::timestamptz[]) AS v (id, point)
+    JOIN ledger l ON l.position_id = v.id AND l.executed_at <= v.point AND l.kind = 'order_report'
+    WHERE EXISTS (
+        SELECT FROM ledger later
+        WHERE later.order_id = l.order_id AND later.position_id = l.position_id AND later.executed_at > %(at)s
+            AND (later.kind <> 'order_report' OR abs(later.quantity) < abs(l.quantity))
+    )
 """
 FIRST = datetime.min.replace(tzinfo=UTC)
 LAST = datetime.max.replace(tzinfo=UTC)
@@ -86,7 +107,11 @@ def of_reported_orders(connection: Connection, orders: Iterable[str]) -> dict[Po
 
 
 def after(
-    connection: Connection, starts: Mapping[str, FillOrder | None], *, limit: int | None = None
+    connection: Connection,
+    starts: Mapping[str, FillOrder | None],
+    *,
+    limit: int | None = None,
+    until: datetime | None = None,
 ) -> dict[PositionKey, list[Entry]]:
     """Return the entries that are folded into positions, from where each is to be folded on.
 
@@ -94,6 +119,7 @@ def after(
         connection: only read from.
         starts: id of each position, and the fill after which its entries are wanted; None for all.
         limit: so many entries of each at most.
+        until: only of this time and earlier.
     """
     if not starts:
         return {}
@@ -107,9 +133,42 @@ def after(
                 "seq": [order.seq for order in orders],
                 "after": [order.key for order in orders],
                 "limit": limit,
+                "until": until or LAST,
             },
         )
     )
+
+
+def adjustments(
+    connection: Connection, since: Mapping[str, datetime], *, until: datetime
+) -> dict[PositionKey, list[Entry]]:
+    """Return the sizes taken over in positions (by id), each since its own moment, in the order of time."""
+    rows = connection.exec_driver_sql(
+        _ADJUSTMENTS, {"position": list(since), "since": list(since.values()), "until": until}
+    )
+    return _by_position(rows)
+
+
+def first_times(connection: Connection, position_ids: Sequence[str]) -> dict[str, datetime]:
+    """Return the time of the oldest entry of each position that has any."""
+    rows = connection.exec_driver_sql(_FIRST_TIMES, {"position": list(position_ids)})
+    return {str(row.id): row.at for row in rows}
+
+
+def told_apart_later(connection: Connection, points: Mapping[str, datetime], *, at: datetime) -> set[str]:
+    """Return the positions whose fills up to a point were told apart by entries of later than ``at``.
+
+    An order report implies other fills once an execution of its order is known, or a report of less.
+
+    Args:
+        connection: only read from.
+        points: position id to the time up to which its fills matter, no later than ``at``.
+        at: what is later must not have had a say.
+    """
+    rows = connection.exec_driver_sql(
+        _TOLD_APART, {"position": list(points), "point": list(points.values()), "at": at}
+    )
+    return {str(row.id) for row in rows}
 
 
 def page(

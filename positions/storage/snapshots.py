@@ -1,6 +1,7 @@
 """Snapshots of positions, one partition for each month; the primary key allows one for each moment."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,8 @@ from sqlalchemy import Connection, RowMapping, select, tuple_
 
 from positions.domain.events import PositionKey
 from positions.domain.numbers import plain
+from positions.domain.position import State
+from positions.storage import codec
 from positions.storage.ledger import FIRST, LAST
 from positions.storage.portfolio import GROSS_EXPOSURE
 from positions.storage.tables import positions
@@ -48,6 +51,18 @@ _LISTED = f"""
 _CUT = select(
     positions, GROSS_EXPOSURE.correlate(None).scalar_subquery().label("portfolio_exposure")
 ).order_by(positions.c.asset, positions.c.mode)
+
+_STATES = """
+    SELECT s.position_id, s.asset, s.mode, s.created_at, s.snapshot_data -> 'state' AS state
+    FROM unnest(%(ids)s::uuid[]) AS v (id)
+    CROSS JOIN LATERAL (
+        (SELECT * FROM position_snapshots
+         WHERE position_id = v.id AND created_at <= %(at)s ORDER BY created_at DESC LIMIT 1)
+        UNION ALL
+        (SELECT * FROM position_snapshots
+         WHERE position_id = v.id AND created_at > %(at)s ORDER BY created_at LIMIT 1)
+    ) s
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,6 +199,21 @@ def listed(
         },
     )
     return [_kept(row) for row in rows]
+
+
+def states_around(
+    connection: Connection, position_ids: Sequence[str], at: datetime
+) -> dict[str, list[tuple[datetime, State | None]]]:
+    """Return moment and state of two snapshots of each position: the newest up to ``at``, and the next one.
+
+    The state is None in what an older service wrote.
+    """
+    found: defaultdict[str, list[tuple[datetime, State | None]]] = defaultdict(list)
+    for row in connection.exec_driver_sql(_STATES, {"ids": list(position_ids), "at": at}):
+        key = PositionKey.of(row.asset, row.mode)
+        state = None if row.state is None else codec.decode(key, row.state)
+        found[str(row.position_id)].append((row.created_at, state))
+    return found
 
 
 def newest_before(connection: Connection, position_id: str, at: datetime) -> Kept | None:

@@ -11,9 +11,6 @@ from positions.storage.portfolio import is_open
 from positions.storage.tables import ledger, outbox, positions, quarantine
 
 COUNT_MAX = 100_000
-INTAKE_QUEUE = "position-manager.intake"
-"""Each worker's intake consumes it and nobody publishes to it: its consumers are our workers, which is how
-health tells the consumers of a foreign queue that are ours from those that are not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,9 @@ from typing import Any
 from kombu import Connection
 
 CONNECT_S = 5.0
+INTAKE_QUEUE = "position-manager.intake"
+"""Each worker's intake consumes it and nobody publishes to it: its consumers are our workers, which is how
+health tells the consumers of a foreign queue that are ours from those that are not."""
 
 
 def is_redis(url: str) -> bool:

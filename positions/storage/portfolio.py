@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Engine, RowMapping, and_, bindparam, case, fu
 from sqlalchemy.exc import DBAPIError
 
 from positions.errors import Unavailable
+from positions.storage.database import refuse_while_silent
 from positions.storage.tables import Amount, Time, positions
 
 _NOTHING = literal(0, Amount)
@@ -111,6 +112,7 @@ class Versions:
         Raises:
             Unavailable: the database cannot be reached, or is too slow.
         """
+        refuse_while_silent()
         begun = self._begun
         if not self._lock.acquire(timeout=self.WAIT_S):
             raise Unavailable("the database does not answer")

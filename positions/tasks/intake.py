@@ -36,8 +36,8 @@ from celery.worker.request import Request
 from kombu.utils.uuid import uuid
 
 from positions.errors import ConcurrencyConflict, Unavailable
-from positions.queries.health import INTAKE_QUEUE
 from positions.settings import Settings
+from positions.storage.broker import INTAKE_QUEUE
 from positions.tasks import resources
 from positions.tasks.events import TASK_NAME, RawMessage
 

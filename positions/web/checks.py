@@ -12,8 +12,7 @@ from kombu import Connection
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from positions.queries.health import INTAKE_QUEUE
-from positions.storage.broker import is_redis
+from positions.storage.broker import INTAKE_QUEUE, is_redis
 
 log = structlog.get_logger(__name__)
 Answer = TypeVar("Answer")

@@ -2,22 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from typing import Literal
 
 import structlog
-from flask import Blueprint
+from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import SQLAlchemyError
 
 from positions.errors import Unavailable
-from positions.messages.outbound import utc_text
+from positions.messages.outbound import Time, utc_text
 from positions.queries.health import Activity, activity, require_migrated
 from positions.storage.database import answered_within, transaction
 from positions.web.auth import public
 from positions.web.checks import Queue
 from positions.web.metrics import seconds_since
+from positions.web.openapi import PROBLEM, api
 from positions.web.resources import resources
 
 log = structlog.get_logger(__name__)
-blueprint = Blueprint("health", __name__)
+blueprint = api("health", prefix="")
 
 DATABASE_S = 1.5
 """How long the database may take to answer, well below the patience of probes."""
@@ -25,7 +27,55 @@ STALLED_S = 60.0
 """What waits for so long waits for something that does not happen by itself."""
 
 
-@blueprint.get("/health")
+class QueueState(BaseModel):
+    """How a foreign queue stands."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    messages: int
+    consumers: int | None
+    """Null where the broker cannot tell."""
+    our_consumers: int | None
+
+
+class Health(BaseModel):
+    """How the service is."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    status: Literal["healthy", "degraded", "unhealthy"]
+    """Unhealthy without its database, degraded when anything else is amiss."""
+    service: str
+    database_connected: bool
+    queue_connected: bool
+    cache_connected: bool
+    positions_count: int | None
+    last_event_at: Time | None
+    """When an event was last recorded or moved a position."""
+    last_event_age_seconds: float | None
+    backlog: int | None
+    """What waits to be applied and to be published; null while one of the two is unknown."""
+    outbox: int | None
+    """Messages not published yet."""
+    queues: dict[str, QueueState] | None
+    warnings: list[str]
+    """What is amiss, in words."""
+    timestamp: Time
+
+
+class Alive(BaseModel):
+    """The process answers."""
+
+    status: Literal["alive"]
+
+
+class Ready(BaseModel):
+    """Requests can be served."""
+
+    status: Literal["ready"]
+
+
+@blueprint.get("/health", responses={200: Health, 503: Health})
 @public
 def health() -> tuple[dict[str, object], int]:
     """Return how the service is: unhealthy without its database, degraded when anything else is amiss.
@@ -66,14 +116,14 @@ def health() -> tuple[dict[str, object], int]:
     }, 503 if stored is None else 200
 
 
-@blueprint.get("/health/live")
+@blueprint.get("/health/live", responses={200: Alive})
 @public
 def live() -> dict[str, str]:
     """Answer as long as the process can answer at all."""
     return {"status": "alive"}
 
 
-@blueprint.get("/health/ready")
+@blueprint.get("/health/ready", responses={200: Ready, 503: PROBLEM})
 @public
 def ready() -> dict[str, str]:
     """Answer when requests can be served: broker and cache are not needed for that.

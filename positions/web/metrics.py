@@ -13,25 +13,27 @@ from decimal import Decimal
 from functools import cache
 
 import structlog
-from flask import Blueprint, Response, current_app, jsonify, request
+from flask import Response, current_app, jsonify, request
 from flask.blueprints import BlueprintSetupState
 from prometheus_client import CollectorRegistry, Counter, Histogram, values
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
+from pydantic import BaseModel, ConfigDict
 
 from positions.errors import Unavailable
-from positions.messages.outbound import utc_text
+from positions.messages.outbound import Time, utc_text
 from positions.queries.health import Activity, activity
 from positions.queries.portfolio import portfolio
 from positions.storage.database import answered_within, transaction
 from positions.web.auth import public
 from positions.web.checks import Queue, Recent
+from positions.web.openapi import api
 from positions.web.resources import resources
 
 log = structlog.get_logger(__name__)
-blueprint = Blueprint("metrics", __name__)
+blueprint = api("metrics", prefix="")
 
 KEPT_S = 5.0
 DATABASE_S = 2.0
@@ -120,7 +122,21 @@ def _init(state: BlueprintSetupState) -> None:
     state.app.extensions[_NAME] = Recent(_ask, kept_s=KEPT_S)
 
 
-@blueprint.get("/metrics")
+class Metrics(BaseModel):
+    """The short form, as the older service tells it."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    database_connected: bool
+    queue_connected: bool
+    portfolio_cache_hit_rate: float | None
+    """0 to 1; null before the first lookup."""
+    validation_statistics: dict[str, int]
+    """How many positions were validated, by what was found."""
+    timestamp: Time
+
+
+@blueprint.get("/metrics", responses={200: Metrics}, openapi_extensions={"x-text": True})
 @public
 def metrics() -> Response:
     """Return the figures as Prometheus reads them, or, to who prefers JSON, a short form."""

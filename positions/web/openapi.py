@@ -49,7 +49,7 @@ _PROBLEMS = {
     401: ("No key, a wrong one, or one that has expired.", ("WWW-Authenticate",)),
     403: ("The key's role does not allow it.", ()),
     404: ("There is none.", ()),
-    409: ("Others kept changing the position under every try.", ("Retry-After",)),
+    409: ("Others kept changing the position under every try; or the message is refused again.", ()),
     413: ("The body is too large.", ()),
     415: ("The body does not say that it is JSON.", ()),
     429: ("Too many requests of this key, or too many wrong keys from this address.", ("Retry-After",)),
@@ -73,6 +73,11 @@ TAGGED = {"x-tagged": True}
 """Of a view whose answers carry an `ETag`."""
 OF_BODY = {"x-of-body": True}
 """Of a view whose parameters may also be the members of a JSON body."""
+PROBLEM = {
+    "description": "Why not.",
+    "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+}
+"""An answer of a view of its own that is a problem document."""
 
 
 def api(name: str, prefix: str = "/api/v1") -> APIBlueprint:
@@ -80,7 +85,7 @@ def api(name: str, prefix: str = "/api/v1") -> APIBlueprint:
     return APIBlueprint(
         name,
         __name__,
-        url_prefix=prefix,
+        url_prefix=prefix or None,
         abp_tags=[Tag(name=name)],
         abp_security=[{_KEY: []}] if prefix else None,
         operation_id_callback=lambda *, bp_name, name, **_: f"{bp_name}_{name}",
@@ -113,7 +118,7 @@ def document(app: OpenAPI) -> dict[str, Any]:
         f"Problem{status}": {
             "description": text,
             "headers": _headers("X-Trace-Id", *headers),
-            "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+            "content": PROBLEM["content"],
         }
         for status, (text, headers) in _PROBLEMS.items()
     }
@@ -146,9 +151,11 @@ def _complete(operation: dict[str, Any], method: str, path: str) -> None:
     limited = bool(operation.get("security"))
     # The library's own 400 is of another shape.
     answers.pop("400", None)
-    expected = {400, 500, 503}
+    expected = {500}
     if limited:
-        expected |= {401, 403, 429}
+        expected |= {400, 401, 403, 429, 503}
+    if operation.pop("x-text", False):
+        answers["200"]["content"]["text/plain"] = {"schema": {"type": "string"}}
     if method == "post":
         expected |= {409, 413, 415}
     if "{" in path:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from flask import Response
 from pydantic import RootModel
@@ -17,11 +18,12 @@ from positions.messages.outbound import (
     portfolio_object,
     position_object,
 )
+from positions.queries.as_of import portfolio_as_of
 from positions.queries.portfolio import portfolio
 from positions.queries.positions import positions
 from positions.web.answers import kept, kept_by_all
 from positions.web.openapi import TAGGED, api
-from positions.web.parameters import Asset, Flag, Parameters, checked, cursor_of
+from positions.web.parameters import Asset, BadParameters, Flag, Moment, Parameters, checked, cursor_of
 from positions.web.resources import resources
 
 blueprint = api("portfolio")
@@ -33,6 +35,8 @@ class Wanted(Parameters):
     include_positions: Flag = False
     asset: Asset | SkipJsonSchema[None] = None
     """Only the positions in this asset; `limit_exceeded` is the whole portfolio's all the same."""
+    as_of: Moment | SkipJsonSchema[None] = None
+    """A moment of events' own times; one to come is now. Without `include_positions`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +68,11 @@ def figures(query: Wanted) -> Response:
     if query == Wanted():
         return kept_by_all("portfolio", _figures)
 
+    if query.as_of is not None and query.include_positions:
+        raise BadParameters({"include_positions": "is not possible with as_of"})
+
     def make(connection: Connection) -> dict[str, object]:
-        answer = _portfolio(connection, query.asset)
+        answer = _portfolio(connection, query.asset, query.as_of)
         if query.include_positions:
             page = positions(
                 connection,
@@ -100,11 +107,14 @@ def _figures(connection: Connection) -> dict[str, dict[str, object]]:
     return {"portfolio": whole, "exposure": part_of(whole, ExposureView), "pnl": part_of(whole, PnLView)}
 
 
-def _portfolio(connection: Connection, asset: str | None = None) -> dict[str, object]:
-    own = resources()
-    view = portfolio(
+def _portfolio(
+    connection: Connection, asset: str | None = None, at: datetime | None = None
+) -> dict[str, object]:
+    own, now = resources(), datetime.now(UTC)
+    ask = portfolio if at is None else partial(portfolio_as_of, at=at, policy=own.rules.policy)
+    view = ask(
         connection,
-        now=datetime.now(UTC),
+        now=now,
         stale_after=own.stale_after,
         max_exposure=own.max_exposure,
         asset=asset,

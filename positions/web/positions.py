@@ -9,14 +9,25 @@ from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import Connection
 
 from positions.domain.events import Mode, PositionKey
-from positions.messages.outbound import ExecutionView, PositionView, execution_object, position_object
+from positions.handlers.validate_position import validate_position
+from positions.messages.outbound import (
+    BreakView,
+    ExecutionView,
+    PositionView,
+    break_object,
+    execution_object,
+    position_object,
+)
+from positions.queries.as_of import position_as_of
 from positions.queries.executions import Place, executions
 from positions.queries.positions import PAGE_MAX, Status, position, positions
-from positions.storage.database import transaction
+from positions.storage.database import in_transaction, transaction
 from positions.web.answers import kept
-from positions.web.openapi import TAGGED, api
+from positions.web.metrics import validated
+from positions.web.openapi import OF_BODY, TAGGED, api
 from positions.web.parameters import (
     Asset,
+    Flag,
     KeyCursor,
     Limit,
     Moment,
@@ -67,7 +78,7 @@ class One(OfMode):
     """Which of an asset's positions, and when."""
 
     as_of: Moment | SkipJsonSchema[None] = None
-    """What it was at that moment, by all that is known now."""
+    """A moment of events' own times; one to come is now."""
 
 
 class Executed(OfMode):
@@ -80,6 +91,14 @@ class Executed(OfMode):
     """Only of this time and later."""
     to: Moment | SkipJsonSchema[None] = None
     """Only of this time and earlier."""
+
+
+class Validated(OfMode):
+    """Which position, and whether what differs from the ledger is to be set right."""
+
+    fix_discrepancies: Flag = True
+    """Write what the ledger folds to where something else is stored. A difference to the venue is only told:
+    what its reports may overrule, they have overruled already."""
 
 
 class Position(RootModel[PositionView]):
@@ -104,7 +123,19 @@ class Executions(BaseModel):
     """Leads to the next page; null on the last."""
 
 
-@blueprint.get("/positions", responses={200: Positions})
+class Validation(BaseModel):
+    """What a validation found."""
+
+    is_valid: bool
+    """Whether nothing differed when it began."""
+    error_message: str | None
+    """What differed, in words."""
+    updated_position: PositionView | None
+    """The position, where it was set right."""
+    breaks: list[BreakView]
+
+
+@blueprint.get("/positions", responses={200: Positions}, openapi_extensions=TAGGED)
 @checked
 def listed(query: Listed) -> Response:
     """List positions in order of asset and mode, a page at a time."""
@@ -129,20 +160,20 @@ def listed(query: Listed) -> Response:
 @blueprint.get("/positions/<asset>", responses={200: Position}, openapi_extensions=TAGGED)
 @checked
 def one(path: OfAsset, query: One) -> Response:
-    """Return one position.
+    """Return one position, as it is, or as it was by all that is known now.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is none, or there was none then.
     """
+    own, key = resources(), PositionKey(path.asset, query.mode)
 
     def make(connection: Connection) -> dict[str, object]:
+        now = datetime.now(UTC)
+        if query.as_of is None:
+            return position_object(position(connection, key, now=now, stale_after=own.stale_after))
+        policy = own.rules.policy
         return position_object(
-            position(
-                connection,
-                PositionKey(path.asset, query.mode),
-                now=datetime.now(UTC),
-                stale_after=resources().stale_after,
-            )
+            position_as_of(connection, key, query.as_of, policy=policy, now=now, stale_after=own.stale_after)
         )
 
     return kept(make)
@@ -170,4 +201,34 @@ def made_by(path: OfAsset, query: Executed) -> Response:
         executions=[execution_object(each) for each in page.executions],
         count=len(page.executions),
         next_cursor=behind,
+    )
+
+
+@blueprint.post("/positions/<asset>/validate", responses={200: Validation}, openapi_extensions=OF_BODY)
+@checked
+def validate(path: OfAsset, query: Validated) -> Response:
+    """Compare a position with the fold of its ledger, and with the newest report of the venue.
+
+    Raises:
+        NotFound: there is no such position.
+    """
+    own, key = resources(), PositionKey(path.asset, query.mode)
+    found = in_transaction(
+        own.engine if query.fix_discrepancies else own.reads,
+        lambda connection: validate_position(
+            connection, key, rules=own.rules, now=datetime.now(UTC), fix=query.fix_discrepancies
+        ),
+        retry=own.retry,
+    )
+    validated("valid" if found.is_valid else "repaired" if found.updated else "invalid")
+    updated = None
+    if found.updated:
+        with transaction(own.reads) as connection:
+            view = position(connection, key, now=datetime.now(UTC), stale_after=own.stale_after)
+            updated = position_object(view)
+    return jsonify(
+        is_valid=found.is_valid,
+        error_message=found.error_message,
+        updated_position=updated,
+        breaks=[break_object(each) for each in found.breaks],
     )

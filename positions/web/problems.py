@@ -8,7 +8,7 @@ import structlog
 from flask import Flask, Response, current_app, g, request
 from werkzeug.exceptions import HTTPException
 
-from positions.errors import ConcurrencyConflict, NotFound, PositionsError, Unavailable
+from positions.errors import ConcurrencyConflict, InvalidEvent, NotFound, PositionsError, Unavailable
 from positions.web.parameters import BadParameters
 
 log = structlog.get_logger(__name__)
@@ -28,6 +28,7 @@ class Meaning:
 MEANINGS: Mapping[type[PositionsError], Meaning] = {
     BadParameters: Meaning(status=400, code="bad_parameters"),
     NotFound: Meaning(status=404, code="not_found"),
+    InvalidEvent: Meaning(status=409, code="still_refused"),
     ConcurrencyConflict: Meaning(
         status=409,
         code="conflict",

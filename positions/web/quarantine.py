@@ -6,7 +6,9 @@ from typing import Annotated
 from flask import Response, jsonify
 from pydantic import BaseModel, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
+from sqlalchemy.exc import DataError
 
+from positions.errors import InvalidEvent
 from positions.handlers.replay_quarantine import replay_quarantine
 from positions.messages.outbound import Time, utc_text
 from positions.storage import quarantine as store
@@ -109,17 +111,20 @@ def replay(path: OfMessage) -> Response:
         InvalidEvent: it still cannot be applied.
     """
     own = resources()
-    outcome = in_transaction(
-        own.engine,
-        lambda connection: replay_quarantine(
-            connection,
-            path.id,
-            rules=own.rules,
-            max_bytes=own.settings.message_max_bytes,
-            now=datetime.now(UTC),
-        ),
-        retry=own.retry,
-    )
+    try:
+        outcome = in_transaction(
+            own.engine,
+            lambda connection: replay_quarantine(
+                connection,
+                path.id,
+                rules=own.rules,
+                max_bytes=own.settings.message_max_bytes,
+                now=datetime.now(UTC),
+            ),
+            retry=own.retry,
+        )
+    except DataError as error:
+        raise InvalidEvent("the database refuses a value of it") from error
     return jsonify(id=path.id, outcome={name: count for name, count in outcome.counts.items() if count})
 
 

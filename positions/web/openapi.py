@@ -140,7 +140,7 @@ def _complete(operation: dict[str, Any], method: str, path: str) -> None:
     if operation.pop("x-of-body", False):
         members = {each["name"]: each["schema"] for each in operation["parameters"] if each["in"] == "query"}
         operation["requestBody"] = {
-            "description": "The parameters of the query, which may stand here instead.",
+            "description": "The parameters of the query may stand here instead, and count before those.",
             "content": {
                 "application/json": {
                     "schema": {"type": "object", "properties": members, "additionalProperties": False}

@@ -193,7 +193,7 @@ def checked(view: View) -> View:
 
 
 def _given() -> MultiDict[str, Any]:
-    """Return the parameters of the query, and of a JSON object in the body: a client may use either.
+    """Return the parameters of the query, and of a JSON object in the body, which counts where both name one.
 
     Raises:
         BadParameters: the body is no JSON object.
@@ -209,7 +209,8 @@ def _given() -> MultiDict[str, Any]:
         raise BadParameters({"body": "must be a JSON object"})
     # true is "true" in a query.
     texts = {name: str(value) if isinstance(value, bool) else value for name, value in members.items()}
-    return MultiDict([*request.args.items(multi=True), *texts.items()])
+    of_query = [each for each in request.args.items(multi=True) if each[0] not in texts]
+    return MultiDict([*of_query, *texts.items()])
 
 
 def parsed(model: type[Parameters], given: MultiDict[str, Any]) -> tuple[Parameters | None, dict[str, str]]:

@@ -15,9 +15,10 @@ from typing import Any
 
 from flask import Flask
 from sqlalchemy import create_engine, insert
+from werkzeug.test import TestResponse
 
 from positions.settings import load
-from positions.storage import tables
+from positions.storage import portfolio, tables
 from positions.web import create_app, resources
 from tests.services import Port, wait_until
 
@@ -65,7 +66,23 @@ def store(database: str, *rows: dict[str, Any]) -> None:
     with engine.begin() as connection:
         for row in rows:
             connection.execute(insert(tables.positions).values(row))
+        portfolio.advance(connection)
     engine.dispose()
+
+
+def problem(response: TestResponse, status: int, code: str) -> dict[str, Any]:
+    """Return the problem document that an answer must be."""
+    assert response.status_code == status
+    assert response.content_type == "application/problem+json"
+    body: dict[str, Any] = json.loads(response.data)
+    assert body["type"] == "about:blank"
+    assert body["status"] == status
+    assert body["title"]
+    assert body["instance"] == response.request.path
+    assert body["error_code"] == code
+    assert body["message"] == body["detail"]
+    assert body["trace_id"] == response.headers["X-Trace-Id"]
+    return body
 
 
 class Served:

@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
 from positions.storage.database import connect
+from tests.integration.api import Make, applications
 from tests.services import PostgreSQL
 
 
@@ -34,3 +35,10 @@ def new_empty_database(postgres: PostgreSQL) -> Iterator[str]:
             cursor.execute(f"CREATE DATABASE {url.database}")
             yield url.render_as_string(hide_password=False)
             cursor.execute(f"DROP DATABASE {url.database} WITH (FORCE)")
+
+
+@pytest.fixture
+def make_app() -> Iterator[Make]:
+    """Applications on the servers given, on none where none is given."""
+    with applications() as make:
+        yield make

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -11,47 +9,12 @@ from typing import Any
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
-from sqlalchemy import create_engine, insert
 from structlog.testing import capture_logs
-from werkzeug.test import TestResponse
 
 from positions.settings import SettingsError, load
-from positions.storage import portfolio, tables
 from positions.web import create_app, resources
 from positions.web import positions as positions_routes
-
-KEY = "open-sesame"
-NOWHERE = "127.0.0.1:1"
-
-
-def _environ(database: str, broker: str, redis: str, **more: str) -> dict[str, str]:
-    return {
-        "POSITION_MANAGER_API_KEY": KEY,
-        "POSITION_MANAGER_DATABASE_URL": database,
-        "POSITION_MANAGER_BROKER_URL": broker,
-        "POSITION_MANAGER_REDIS_URL": redis,
-        **more,
-    }
-
-
-Make = Callable[..., Flask]
-
-
-@pytest.fixture
-def make_app() -> Iterator[Make]:
-    """Applications on the servers given, on none where none is given."""
-    made: list[Flask] = []
-
-    def make(
-        database: str, broker: str = f"amqp://{NOWHERE}//", redis: str = f"redis://{NOWHERE}/0", **more: str
-    ) -> Flask:
-        app = create_app(load(_environ(database, broker, redis, **more)))
-        made.append(app)
-        return app
-
-    yield make
-    for app in made:
-        app.extensions[resources.NAME].engine.dispose()
+from tests.integration.api import KEY, Make, environ, problem, store
 
 
 @pytest.fixture
@@ -68,15 +31,6 @@ def _with_key(app: Flask) -> FlaskClient:
     client = app.test_client()
     client.environ_base["HTTP_X_API_KEY"] = KEY
     return client
-
-
-def _store(database: str, *rows: dict[str, Any]) -> None:
-    engine = create_engine(database)
-    with engine.begin() as connection:
-        for row in rows:
-            connection.execute(insert(tables.positions).values(row))
-        portfolio.advance(connection)
-    engine.dispose()
 
 
 def _long(asset: str, size: str, price: str | None, **more: Any) -> dict[str, Any]:
@@ -100,26 +54,12 @@ def _flat(asset: str, **more: Any) -> dict[str, Any]:
     return {"asset": asset, "mode": "one-way", "closed_at": datetime.now(UTC), **more}
 
 
-def _problem(response: TestResponse, status: int, code: str) -> dict[str, Any]:
-    assert response.status_code == status
-    assert response.content_type == "application/problem+json"
-    body: dict[str, Any] = json.loads(response.data)
-    assert body["type"] == "about:blank"
-    assert body["status"] == status
-    assert body["title"]
-    assert body["instance"] == response.request.path
-    assert body["error_code"] == code
-    assert body["message"] == body["detail"]
-    assert body["trace_id"] == response.headers["X-Trace-Id"]
-    return body
-
-
 # --- positions
 
 
 def test_position_is_given_to_the_last_digit(client: FlaskClient, database_url: str) -> None:
     opened_at = datetime.now(UTC) - timedelta(minutes=90, seconds=30)
-    _store(
+    store(
         database_url,
         _long(
             "BTCUSDT",
@@ -170,16 +110,16 @@ def test_position_is_given_to_the_last_digit(client: FlaskClient, database_url: 
 
 def test_position_is_looked_up_by_asset_and_mode(client: FlaskClient, database_url: str) -> None:
     hedge = _long("BTCUSDT", "2", "1", mode="hedge")
-    _store(database_url, _long("BTCUSDT", "1", "1"), hedge, _long("ETHUSDT", "3", "1", mode="hedge"))
+    store(database_url, _long("BTCUSDT", "1", "1"), hedge, _long("ETHUSDT", "3", "1", mode="hedge"))
     assert client.get("/api/v1/positions/BTCUSDT").get_json()["size"] == "1"
     assert client.get("/api/v1/positions/BtcUsdt/?mode=hedge").get_json()["size"] == "2"
-    body = _problem(client.get("/api/v1/positions/ETHUSDT"), 404, "not_found")
+    body = problem(client.get("/api/v1/positions/ETHUSDT"), 404, "not_found")
     assert body["detail"] == "There is no one-way position in ETHUSDT."
 
 
 def test_list_can_be_narrowed_down(client: FlaskClient, database_url: str) -> None:
     level = _long("AVAX", "0", "1", mode="hedge", long_size=Decimal(1), short_size=Decimal(-1))
-    _store(
+    store(
         database_url,
         _short("SOLUSDT", "-2", "1"),
         _long("BTCUSDT", "1.5", "1"),
@@ -209,7 +149,7 @@ def test_list_can_be_narrowed_down(client: FlaskClient, database_url: str) -> No
 
 def test_pages_follow_each_other_without_gap_or_overlap(client: FlaskClient, database_url: str) -> None:
     names = [f"COIN-{number:02}" for number in range(5)]
-    _store(
+    store(
         database_url, *(_long(name, "1", "2", mode=mode) for name in names for mode in ("one-way", "hedge"))
     )
     everything = client.get("/api/v1/positions").get_json()
@@ -223,18 +163,18 @@ def test_pages_follow_each_other_without_gap_or_overlap(client: FlaskClient, dat
         pages += 1
         if pages == 1:
             # What comes in behind the page turns up, what comes in before it does not repeat anything.
-            _store(database_url, _long("AAA", "1", "2"), _long("ZZZ", "1", "2"))
+            store(database_url, _long("AAA", "1", "2"), _long("ZZZ", "1", "2"))
     assert pages == 4
     assert seen[:10] == [each["id"] for each in everything["positions"]]
     assert len(seen) == len(set(seen)) == 11
 
 
 def test_list_without_limit_has_a_thousand_at_most(client: FlaskClient, database_url: str) -> None:
-    _store(database_url, *(_long(f"C{number:04}", "1", "2") for number in range(1000)))
+    store(database_url, *(_long(f"C{number:04}", "1", "2") for number in range(1000)))
     body = client.get("/api/v1/positions").get_json()
     assert (body["count"], body["next_cursor"]) == (1000, None)
     assert {each["position_size_norm"] for each in body["positions"]} == {"0.001"}
-    _store(database_url, _flat("D0000"))
+    store(database_url, _flat("D0000"))
     body = client.get("/api/v1/positions").get_json()
     assert body["count"] == 1000
     rest = client.get(f"/api/v1/positions?cursor={body['next_cursor']}").get_json()
@@ -250,7 +190,7 @@ def test_portfolio_adds_up_exactly(make_app: Make, database_url: str) -> None:
     client = _with_key(app)
     large = "12345678901234567890.123456789012345678"
     parts = {"realized_gross": 5, "fees_paid": 2, "funding_received": -1, "realized_adjustment": 3}
-    _store(
+    store(
         database_url,
         _long("BTCUSDT", "1.5", "50100", unrealized_pnl=150, realized_pnl=5, **parts),
         _long("AVAX", "1", "10", mode="hedge", long_size=3, short_size=-2, unrealized_pnl=Decimal("-0.1")),
@@ -285,7 +225,7 @@ def test_portfolio_adds_up_exactly(make_app: Make, database_url: str) -> None:
         "unpriced_assets": ["PEPE"],
         "stale_assets": ["DOGEUSDT"],
     }
-    _store(database_url, _long("HUGE", large, large))
+    store(database_url, _long("HUGE", large, large))
     assert client.get("/api/v1/portfolio?asset=huge").get_json()["total_exposure_usdt"] == (
         "152415787532388367504953515625666819427.831123554031397676527968299765279684"
     )
@@ -313,7 +253,7 @@ def test_portfolio_of_nothing_is_zeros(client: FlaskClient) -> None:
 
 
 def test_portfolio_of_one_asset_with_its_positions(client: FlaskClient, database_url: str) -> None:
-    _store(database_url, _long("BTCUSDT", "1", "30"), _short("ETHUSDT", "-1", "10"))
+    store(database_url, _long("BTCUSDT", "1", "30"), _short("ETHUSDT", "-1", "10"))
     body = client.get("/api/v1/portfolio?include_positions=1&asset=ethusdt").get_json()
     assert body["net_exposure_usdt"] == "-10"
     assert list(body["by_asset"]) == ["ETHUSDT"]
@@ -333,7 +273,7 @@ def test_portfolio_of_one_asset_with_its_positions(client: FlaskClient, database
 def test_without_the_key_nothing_is_told(app: Flask, path: str, key: str | None) -> None:
     headers = {} if key is None else {"X-API-Key": key}
     response = app.test_client().get(path, headers=headers)
-    _problem(response, 401, "unauthorized")
+    problem(response, 401, "unauthorized")
     assert response.headers["WWW-Authenticate"].lower().startswith("apikey ")
 
 
@@ -345,10 +285,10 @@ def test_key_may_hold_any_character(make_app: Make, database_url: str) -> None:
 
 
 def test_application_without_a_key_does_not_start(database_url: str) -> None:
-    environ = _environ(database_url, "", "")
-    del environ["POSITION_MANAGER_API_KEY"]
+    without = environ(database_url, "", "")
+    del without["POSITION_MANAGER_API_KEY"]
     with pytest.raises(SettingsError, match=r"^POSITION_MANAGER_API_KEY: required"):
-        create_app(load(environ))
+        create_app(load(without))
 
 
 @pytest.mark.parametrize(
@@ -369,22 +309,22 @@ def test_application_without_a_key_does_not_start(database_url: str) -> None:
 )
 def test_bad_parameters_are_each_named(client: FlaskClient, path: str, names: str) -> None:
     response = client.get(path)
-    body = _problem(response, 400, "bad_parameters")
+    body = problem(response, 400, "bad_parameters")
     assert sorted(body["details"]) == sorted(names.split())
     assert all(name in body["detail"] for name in names.split())
 
 
 def test_what_is_not_there_or_not_allowed_says_so(client: FlaskClient) -> None:
-    _problem(client.get("/api/v1/nothing"), 404, "not_found")
-    _problem(client.get("/api//v1/positions"), 404, "not_found")
+    problem(client.get("/api/v1/nothing"), 404, "not_found")
+    problem(client.get("/api//v1/positions"), 404, "not_found")
     response = client.post("/api/v1/positions")
-    _problem(response, 405, "method_not_allowed")
+    problem(response, 405, "method_not_allowed")
     assert "GET" in response.headers["Allow"]
 
 
 def test_oversized_requests_are_refused(client: FlaskClient) -> None:
-    _problem(client.post("/api/v1/positions", data=b"x" * 65_537), 413, "request_entity_too_large")
-    body = _problem(client.get("/api/v1/positions?" + "x" * 2049), 400, "bad_parameters")
+    problem(client.post("/api/v1/positions", data=b"x" * 65_537), 413, "request_entity_too_large")
+    body = problem(client.get("/api/v1/positions?" + "x" * 2049), 400, "bad_parameters")
     assert list(body["details"]) == ["query"]
 
 
@@ -397,7 +337,7 @@ def test_fault_of_ours_tells_nothing_of_the_inside(
     monkeypatch.setattr(positions_routes, "positions", fail)
     with capture_logs() as lines:
         response = client.get("/api/v1/positions", headers={"X-Trace-Id": "t-500"})
-    body = _problem(response, 500, "internal_error")
+    body = problem(response, 500, "internal_error")
     assert body["trace_id"] == "t-500"
     assert b"inside" not in response.data
     assert b"Traceback" not in response.data

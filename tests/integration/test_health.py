@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,11 @@ from sqlalchemy import Engine, delete, insert, select, update
 
 from positions.storage import migrate, tables
 from positions.web import resources
-from tests.integration.api import KEY, NOWHERE, QUEUE, Make, applications, store
+from tests.integration.api import KEY, NOWHERE, QUEUE, Make, store
 from tests.integration.processes import environment, worker
 from tests.services import PostgreSQL, RabbitMQ, wait_until
 
 EXECUTIONS, ORDERS = "order-manager.order_executed", "order-manager.order_events"
-
-
-@pytest.fixture
-def make_app() -> Iterator[Make]:
-    with applications() as make:
-        yield make
 
 
 def _health(app: Flask, status: int = 200) -> dict[str, Any]:

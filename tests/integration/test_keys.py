@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,17 +19,11 @@ from positions.settings import Role, SettingsError
 from positions.storage import api_keys, tables
 from positions.storage.database import transaction
 from positions.web.auth import needs_operate
-from tests.integration.api import KEY, NOWHERE, Make, applications
+from tests.integration.api import KEY, NOWHERE, Make
 from tests.services import PostgreSQL, wait_until
 
 PATH = "/api/v1/nothing"
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-@pytest.fixture
-def make_app() -> Iterator[Make]:
-    with applications() as make:
-        yield make
 
 
 def create(engine: Engine, name: str, role: Role = "read", **more: Any) -> str:

@@ -24,19 +24,13 @@ from structlog.testing import capture_logs
 from werkzeug.test import TestResponse
 
 from positions.web import limits
-from tests.integration.api import KEY, NOWHERE, Make, applications, environ, served
+from tests.integration.api import KEY, NOWHERE, Make, environ, served
 from tests.services import Redis, wait_until
 
 DATABASE = f"postgresql+psycopg2://{NOWHERE}/none"
 # With a right key 404, and nothing but keys and limits is asked.
 PATH = "/api/v1/nothing"
 NAMES = ("RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset", "Retry-After")
-
-
-@pytest.fixture
-def make_app() -> Iterator[Make]:
-    with applications() as make:
-        yield make
 
 
 def limited(make_app: Make, url: str, limit: int, **more: str) -> FlaskClient:

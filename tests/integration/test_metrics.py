@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,17 +16,11 @@ from sqlalchemy import Engine, insert
 
 from positions.storage import quarantine, tables
 from positions.web import metrics
-from tests.integration.api import KEY, QUEUE, Make, applications, environ, served, store
+from tests.integration.api import KEY, QUEUE, Make, environ, served, store
 from tests.services import PostgreSQL, wait_until
 
 WITH_KEY = {"X-API-Key": KEY}
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-@pytest.fixture
-def make_app() -> Iterator[Make]:
-    with applications() as make:
-        yield make
 
 
 def _samples(text: str) -> Samples:

@@ -1,0 +1,208 @@
+"""What stands behind a position, over REST: its ledger, its past, snapshots, validation, quarantine."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+
+import pytest
+from flask.testing import FlaskClient
+from sqlalchemy import Engine, update
+
+from positions.storage import quarantine, tables
+from positions.storage.database import transaction
+from positions.storage.quarantine import Refused
+from tests.integration.api import KEY, Make, problem
+from tests.integration.support import EXECUTION_QUEUE, apply, execution
+
+READ_KEY = "may-only-read"
+START = datetime(2025, 1, 15, 10, tzinfo=UTC)
+
+
+@pytest.fixture
+def client(make_app: Make, database_url: str) -> FlaskClient:
+    reader = {"name": "reader", "hash": sha256(READ_KEY.encode()).hexdigest(), "role": "read"}
+    app = make_app(database_url, POSITION_MANAGER_API_KEYS=json.dumps([reader]))
+    made = app.test_client()
+    made.environ_base["HTTP_X_API_KEY"] = KEY
+    return made
+
+
+def test_ledger_tells_what_made_the_number(client: FlaskClient, engine: Engine) -> None:
+    apply(engine, [execution("BTCUSDT", "Buy", "0.5", "100", number=each) for each in range(5)])
+    apply(engine, [execution("ETHUSDT", "Buy", "1", "100", number=1)])
+    seen, cursor = [], ""
+    while cursor is not None:
+        page = client.get(
+            f"/api/v1/positions/btcusdt/executions?limit=2&cursor={cursor}".rstrip("=")
+        ).get_json()
+        assert page["count"] == len(page["executions"])
+        seen += page["executions"]
+        cursor = page["next_cursor"]
+        cursor = cursor and f"{cursor}"
+    assert [each["key"] for each in seen] == [f"BTCUSDT-{number}" for number in (4, 3, 2, 1, 0)]
+    assert seen[0]["quantity"] == "0.5"
+    assert seen[0]["executed_at"] == "2025-01-15T10:00:04Z"
+    between = client.get(
+        "/api/v1/positions/BTCUSDT/executions",
+        query_string={"from": "2025-01-15T10:00:01Z", "to": "2025-01-15T10:00:02Z"},
+    ).get_json()
+    assert [each["key"] for each in between["executions"]] == ["BTCUSDT-2", "BTCUSDT-1"]
+    problem(client.get("/api/v1/positions/SOLUSDT/executions"), 404, "not_found")
+    problem(client.get("/api/v1/positions/BTCUSDT/executions?cursor=1"), 400, "bad_parameters")
+    problem(client.get(f"/api/v1/positions/BTCUSDT/executions?cursor={'9' * 16}.1"), 400, "bad_parameters")
+
+
+def test_position_and_portfolio_as_they_were(client: FlaskClient, engine: Engine) -> None:
+    fills = [execution("BTCUSDT", "Buy", "1", str(100 + each), number=60 * each) for each in range(3)]
+    apply(engine, fills)
+    for minutes, size, average in ((0, "1", "100"), (1, "2", "100.5"), (9, "3", "101")):
+        at = (START + timedelta(minutes=minutes, seconds=30)).isoformat()
+        body = client.get("/api/v1/positions/BTCUSDT", query_string={"as_of": at}).get_json()
+        assert (body["size"], body["average_entry_price"]) == (size, average)
+        whole = client.get("/api/v1/portfolio", query_string={"as_of": at}).get_json()
+        assert whole["by_asset"]["BTCUSDT"]["size"] == size
+    before = client.get("/api/v1/positions/BTCUSDT?as_of=2025-01-15T09:59:59")
+    assert problem(before, 404, "not_found")["detail"] == "There was no one-way position in BTCUSDT."
+
+
+def test_snapshot_is_taken_and_listed(client: FlaskClient, engine: Engine) -> None:
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100", mode="hedge")])
+    taken = client.post("/api/v1/positions/btcusdt/snapshot?mode=hedge", headers={"X-Trace-Id": "t-1"})
+    assert taken.status_code == 201
+    second = client.post("/api/v1/positions/BTCUSDT/snapshot", json={"mode": "hedge"})
+    assert second.status_code == 201
+    listed = client.get("/api/v1/positions/BTCUSDT/snapshots?mode=hedge").get_json()
+    assert listed == {"snapshots": [second.get_json(), taken.get_json()], "count": 2}
+    assert taken.get_json()["snapshot_data"]["long_size"] == "1"
+    page = client.get("/api/v1/positions/BTCUSDT/snapshots?mode=hedge&limit=1&offset=1").get_json()
+    assert page == {"snapshots": [taken.get_json()], "count": 1}
+    position = client.get("/api/v1/positions/BTCUSDT?mode=hedge").get_json()
+    assert position["last_snapshot_at"] == second.get_json()["created_at"]
+    assert position["version"] == 1
+    with transaction(engine) as connection:
+        told = connection.execute(
+            tables.outbox.select().where(tables.outbox.c.event_type == "position_snapshot_created")
+        ).all()
+    assert next(each.trace_id for each in told) == "t-1"
+    problem(client.post("/api/v1/positions/BTCUSDT/snapshot"), 404, "not_found")
+
+
+def test_validation_tells_and_mends(client: FlaskClient, engine: Engine) -> None:
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100")])
+    address = "/api/v1/positions/BTCUSDT/validate"
+    assert client.post(address).get_json() == {
+        "is_valid": True,
+        "error_message": None,
+        "updated_position": None,
+        "breaks": [],
+    }
+    with transaction(engine) as connection:
+        connection.execute(update(tables.positions).values(realized_pnl=7))
+    found = client.post(address, json={"fix_discrepancies": False}).get_json()
+    assert (found["is_valid"], found["updated_position"]) == (False, None)
+    assert "realized_pnl: stored 7, the ledger folds to 0" in found["error_message"]
+    mended = client.post(f"{address}?fix_discrepancies=true").get_json()
+    assert mended["updated_position"]["realized_pnl"] == "0"
+    assert [(each["kind"], each["ours"], each["theirs"]) for each in mended["breaks"]] == [
+        ("stored_realized_pnl", "0", "7")
+    ]
+    assert client.get("/api/v1/positions/BTCUSDT").get_json()["realized_pnl"] == "0"
+    assert client.post(address).get_json()["is_valid"] is True
+
+
+def test_quarantine_is_read_and_replayed(client: FlaskClient, engine: Engine) -> None:
+    good = json.dumps(execution("BTCUSDT", "Buy", "1", "100")).encode()
+    with transaction(engine) as connection:
+        for body in (b"no JSON \xff", good):
+            refused = Refused(
+                queue=EXECUTION_QUEUE, body=body, headers={}, properties={}, reason="at that time"
+            )
+            quarantine.add(connection, [refused], now=START)
+    page = client.get("/api/v1/events/quarantine?limit=1").get_json()
+    [message] = page["messages"]
+    assert json.loads(message["body"])["asset"] == "BTCUSDT"
+    rest = client.get(f"/api/v1/events/quarantine?cursor={page['next_cursor']}").get_json()
+    assert (rest["messages"][0]["body"], rest["next_cursor"]) == ("no JSON \\xff", None)
+    replayed = client.post(f"/api/v1/events/quarantine/{message['id']}/replay").get_json()
+    assert replayed == {"id": message["id"], "outcome": {"applied": 1}}
+    assert client.get("/api/v1/positions/BTCUSDT").get_json()["size"] == "1"
+    again = client.post(f"/api/v1/events/quarantine/{rest['messages'][0]['id']}/replay")
+    problem(again, 409, "still_refused")
+    assert client.get("/api/v1/events/quarantine").get_json()["count"] == 1
+    assert client.get("/api/v1/events/quarantine?replayed=true").get_json()["count"] == 2
+    problem(client.post("/api/v1/events/quarantine/999/replay"), 404, "not_found")
+    problem(client.post("/api/v1/events/quarantine/0/replay"), 400, "bad_parameters")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/api/v1/positions/BTCUSDT/validate"),
+        ("POST", "/api/v1/positions/BTCUSDT/snapshot"),
+        ("GET", "/api/v1/events/quarantine"),
+        ("POST", "/api/v1/events/quarantine/1/replay"),
+    ],
+)
+def test_key_that_may_read_changes_nothing(client: FlaskClient, method: str, path: str) -> None:
+    response = client.open(path, method=method, headers={"X-API-Key": READ_KEY})
+    problem(response, 403, "forbidden")
+    assert client.get("/api/v1/positions", headers={"X-API-Key": READ_KEY}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b'{"mode": 1, "colour": "red"}', "application/json", 400),
+        (b"mode=hedge", "application/x-www-form-urlencoded", 415),
+    ],
+)
+def test_body_that_is_no_parameters_is_refused(
+    client: FlaskClient, body: bytes, kind: str, status: int
+) -> None:
+    response = client.post("/api/v1/positions/BTCUSDT/snapshot", data=body, content_type=kind)
+    assert response.status_code == status
+    assert response.content_type == "application/problem+json"
+
+
+def test_description_covers_every_address_of_the_contract(client: FlaskClient) -> None:
+    response = client.get("/openapi.json", headers={"X-API-Key": ""})
+    assert response.status_code == 200
+    document = response.get_json()
+    assert document["openapi"].startswith("3.1")
+    described = {
+        f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods
+    }
+    assert described == {
+        f"GET {path}" for path in ("/health", "/health/live", "/health/ready", "/metrics")
+    } | {
+        f"{method} /api/v1{path}"
+        for method, path in (
+            ("GET", "/positions"),
+            ("GET", "/positions/{asset}"),
+            ("POST", "/positions/{asset}/validate"),
+            ("POST", "/positions/{asset}/snapshot"),
+            ("GET", "/positions/{asset}/snapshots"),
+            ("GET", "/positions/{asset}/executions"),
+            ("GET", "/portfolio"),
+            ("GET", "/portfolio/exposure"),
+            ("GET", "/portfolio/pnl"),
+            ("GET", "/portfolio/history"),
+            ("GET", "/events/quarantine"),
+            ("POST", "/events/quarantine/{id}/replay"),
+        )
+    }
+
+
+def test_page_about_the_api_loads_only_what_we_serve(client: FlaskClient) -> None:
+    page = client.get("/docs", headers={"X-API-Key": ""})
+    assert page.status_code == 200
+    assert "script-src 'self'" in page.headers["Content-Security-Policy"]
+    for name in ("swagger-ui.css", "swagger-ui-bundle.js", "start.js"):
+        assert f'"/docs/{name}"' in page.get_data(as_text=True)
+        assert client.get(f"/docs/{name}", headers={"X-API-Key": ""}).status_code == 200
+    assert "http" not in page.get_data(as_text=True)
+    problem(client.get("/docs/other.js"), 404, "not_found")

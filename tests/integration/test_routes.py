@@ -32,15 +32,16 @@ def client(make_app: Make, database_url: str) -> FlaskClient:
 def test_ledger_tells_what_made_the_number(client: FlaskClient, engine: Engine) -> None:
     apply(engine, [execution("BTCUSDT", "Buy", "0.5", "100", number=each) for each in range(5)])
     apply(engine, [execution("ETHUSDT", "Buy", "1", "100", number=1)])
-    seen, cursor = [], ""
-    while cursor is not None:
-        page = client.get(
-            f"/api/v1/positions/btcusdt/executions?limit=2&cursor={cursor}".rstrip("=")
-        ).get_json()
+    seen: list[dict[str, str]] = []
+    address = "/api/v1/positions/btcusdt/executions?limit=2"
+    more = ""
+    while True:
+        page = client.get(address + more).get_json()
         assert page["count"] == len(page["executions"])
         seen += page["executions"]
-        cursor = page["next_cursor"]
-        cursor = cursor and f"{cursor}"
+        if page["next_cursor"] is None:
+            break
+        more = f"&cursor={page['next_cursor']}"
     assert [each["key"] for each in seen] == [f"BTCUSDT-{number}" for number in (4, 3, 2, 1, 0)]
     assert seen[0]["quantity"] == "0.5"
     assert seen[0]["executed_at"] == "2025-01-15T10:00:04Z"

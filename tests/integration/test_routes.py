@@ -42,14 +42,14 @@ def test_ledger_tells_what_made_the_number(client: FlaskClient, engine: Engine) 
         if page["next_cursor"] is None:
             break
         more = f"&cursor={page['next_cursor']}"
-    assert [each["key"] for each in seen] == [f"BTCUSDT-{number}" for number in (4, 3, 2, 1, 0)]
+    assert [each["key"] for each in seen] == [f"exec:BTCUSDT-{number}" for number in (4, 3, 2, 1, 0)]
     assert seen[0]["quantity"] == "0.5"
     assert seen[0]["executed_at"] == "2025-01-15T10:00:04Z"
     between = client.get(
         "/api/v1/positions/BTCUSDT/executions",
         query_string={"from": "2025-01-15T10:00:01Z", "to": "2025-01-15T10:00:02Z"},
     ).get_json()
-    assert [each["key"] for each in between["executions"]] == ["BTCUSDT-2", "BTCUSDT-1"]
+    assert [each["key"] for each in between["executions"]] == ["exec:BTCUSDT-2", "exec:BTCUSDT-1"]
     problem(client.get("/api/v1/positions/SOLUSDT/executions"), 404, "not_found")
     problem(client.get("/api/v1/positions/BTCUSDT/executions?cursor=1"), 400, "bad_parameters")
     problem(client.get(f"/api/v1/positions/BTCUSDT/executions?cursor={'9' * 16}.1"), 400, "bad_parameters")

@@ -409,6 +409,29 @@ def break_object(view: BreakView) -> dict[str, object]:
     return _object(view)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EquityPoint:
+    """What the portfolio was worth at a moment, by the newest snapshots until then."""
+
+    __pydantic_config__ = DOCUMENTED
+
+    at: Time
+    total_exposure_usdt: Amount
+    """Gross, over the positions that had a price."""
+    net_exposure_usdt: Amount
+    total_unrealized_pnl_usdt: Amount
+    total_realized_pnl_usdt: Amount
+    total_pnl_usdt: Amount
+    """Unrealized + realized."""
+    drawdown_usdt: Amount
+    """How far the total PnL is below its highest since the curve began; 0 or more."""
+
+
+def equity_object(point: EquityPoint) -> dict[str, object]:
+    """Return a point of the equity curve, JSON-ready."""
+    return _object(point)
+
+
 def position_object(view: PositionView) -> dict[str, object]:
     """Return the contract's position object, JSON-ready."""
     return {name: _json(getattr(view, name)) for name in _FIELDS}

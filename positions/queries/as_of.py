@@ -1,8 +1,9 @@
 """Time travel: what positions were at a moment, by all that is known now.
 
 Fills and sizes taken over come from the ledger. Of other reports only those are still known that decide
-something now, or did when one of the two snapshots around that moment was taken: between snapshots a
-price, or what the venue said of the PnL, may be the one before. The ledger does not tell it better.
+something now, or did when one of the snapshots around that moment was taken: between snapshots a price,
+or what the venue said of the PnL, may be the one before. The ledger does not tell it better. A snapshot
+that was taken a little after its moment may know of later reports alone: so the one before it counts too.
 """
 
 from collections import defaultdict

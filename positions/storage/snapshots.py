@@ -57,11 +57,43 @@ _STATES = """
     FROM unnest(%(ids)s::uuid[]) AS v (id)
     CROSS JOIN LATERAL (
         (SELECT * FROM position_snapshots
-         WHERE position_id = v.id AND created_at <= %(at)s ORDER BY created_at DESC LIMIT 1)
+         WHERE position_id = v.id AND created_at <= %(at)s ORDER BY created_at DESC LIMIT 2)
         UNION ALL
         (SELECT * FROM position_snapshots
          WHERE position_id = v.id AND created_at > %(at)s ORDER BY created_at LIMIT 1)
     ) s
+"""
+
+# Looked up point by point and not read through: of what lies between two points only the last counts. Each
+# position adds what changed since it was last seen; so it is carried forward where a point has none of it.
+_SUMS = f"""
+    WITH points AS (
+        SELECT n, %(first)s + n * %(interval)s AS at,
+            CASE n WHEN 0 THEN '-infinity' ELSE %(first)s + (n - 1) * %(interval)s END AS after
+        FROM generate_series(0, %(count)s - 1) AS n
+    ), changes AS (
+        SELECT n, {
+    ", ".join(
+        f"coalesce(s.{name}, 0) - lag(coalesce(s.{name}, 0), 1, 0) OVER own AS {name}" for name in _TYPED
+    )
+}
+        FROM positions p CROSS JOIN points
+        CROSS JOIN LATERAL (
+            SELECT {", ".join(_TYPED)} FROM position_snapshots
+            WHERE position_id = p.id AND created_at > points.after AND created_at <= points.at
+                AND unrealized_pnl IS NOT NULL
+            ORDER BY created_at DESC LIMIT 1
+        ) s
+        WINDOW own AS (PARTITION BY p.id ORDER BY n)
+    ), changed AS (
+        SELECT n, {", ".join(f"sum({name}) AS {name}" for name in _TYPED)} FROM changes GROUP BY n
+    ), sums AS (
+        SELECT at, {", ".join(f"sum({name}) OVER past AS {name}" for name in _TYPED)}
+        FROM points LEFT JOIN changed USING (n) WINDOW past AS (ORDER BY n)
+    )
+    SELECT *, unrealized_pnl + realized_pnl AS pnl,
+        max(unrealized_pnl + realized_pnl) OVER (ORDER BY at) - unrealized_pnl - realized_pnl AS drawdown
+    FROM sums WHERE unrealized_pnl IS NOT NULL ORDER BY at
 """
 
 
@@ -201,18 +233,32 @@ def listed(
     return [_kept(row) for row in rows]
 
 
+def sums_at(
+    connection: Connection, first: datetime, *, interval: timedelta, count: int
+) -> Sequence[RowMapping]:
+    """Return what the newest snapshots of all positions added up to, at ``count`` points from ``first`` on.
+
+    A row for each point `at`, from the first one on that any snapshot tells of: `exposure`, `net_exposure`,
+    `unrealized_pnl`, `realized_pnl`, their sum `pnl`, and its `drawdown` from the highest before. All exact.
+    """
+    values = {"first": first, "interval": interval, "count": count}
+    return connection.exec_driver_sql(_SUMS, values).mappings().all()
+
+
 def states_around(
     connection: Connection, position_ids: Sequence[str], at: datetime
 ) -> dict[str, list[tuple[datetime, State | None]]]:
-    """Return moment and state of two snapshots of each position: the newest up to ``at``, and the next one.
+    """Return moment and state of the snapshots of each position around ``at``, the newest first.
 
-    The state is None in what an older service wrote.
+    They are the two newest up to ``at``, and the next one. The state is None in what an older service wrote.
     """
     found: defaultdict[str, list[tuple[datetime, State | None]]] = defaultdict(list)
     for row in connection.exec_driver_sql(_STATES, {"ids": list(position_ids), "at": at}):
         key = PositionKey.of(row.asset, row.mode)
         state = None if row.state is None else codec.decode(key, row.state)
         found[str(row.position_id)].append((row.created_at, state))
+    for each in found.values():
+        each.sort(key=lambda taken: taken[0], reverse=True)
     return found
 
 

@@ -112,7 +112,12 @@ def test_it_is_what_a_database_would_say_that_only_got_the_events_until_then(
     at = at_second(data.draw(st.integers(-1, 12)))
     early = [event for event in events if when(event) <= at]
     late = [event for event in early if isinstance(event, Entry) and data.draw(st.booleans())]
-    ahead = [event for event in events if when(event) > at and data.draw(st.integers(0, 3)) == 0]
+    # A report that came ahead of its time would have superseded others before the snapshot.
+    ahead = [
+        event
+        for event in events
+        if isinstance(event, Entry) and when(event) > at and data.draw(st.integers(0, 3)) == 0
+    ]
     first = [*(event for event in early if event not in late), *ahead]
     rest = [event for event in events if event not in first]
     clear(engine)
@@ -261,6 +266,16 @@ def test_price_share_and_times_are_of_then(engine: Engine) -> None:
     assert (later.current_price, later.position_size_norm, later.price_is_stale) == (900, 1, True)
     assert later.time_held_minutes == 16
     assert was(engine, at_second(5)).current_price is None
+
+
+def test_a_snapshot_taken_late_hides_no_price_that_the_one_before_it_knew(engine: Engine) -> None:
+    apply(engine, [reported(0, "1", markPrice="100")])
+    snapshot(engine, at_second(10))
+    apply(engine, [reported(21, "2", markPrice="101")])
+    snapshot(engine, at_second(20))
+    apply(engine, [reported(30, "3", markPrice="102")])
+    then = was(engine, at_second(20))
+    assert (then.size, then.current_price, then.last_snapshot_at) == (1, 100, at_second(20))
 
 
 def test_a_moment_to_come_is_now(engine: Engine) -> None:

@@ -19,13 +19,20 @@ def kept(make: Callable[[Connection], Mapping[str, Any]]) -> Response:
     The portfolio's version is asked for every time: what was committed before the request is in the answer.
     """
     answers, question = resources().answers, (request.path, request.query_string)
-    found = answers.get(question, resources().version())
+    asked = resources().version()
+    found = answers.get(question, asked)
     if found is None:
-        with transaction(resources().reads) as connection:
-            version = portfolio.version(connection)
-            found = Answer.of(make(connection))
-        answers.put(question, version, found)
+        with answers.turn(question):
+            found = answers.get(question, asked) or _made(question, make)
     return respond(found)
+
+
+def _made(question: object, make: Callable[[Connection], Mapping[str, Any]]) -> Answer:
+    with transaction(resources().reads) as connection:
+        version = portfolio.version(connection)
+        found = Answer.of(make(connection))
+    resources().answers.put(question, version, found)
+    return found
 
 
 def respond(answer: Answer) -> Response:
@@ -42,11 +49,19 @@ def kept_by_all(name: str, make: Callable[[Connection], Mapping[str, Mapping[str
     Where none of them has it, one computes: what it stores in the cache serves the others.
     """
     own = resources()
-    version = own.version()
-    found = own.answers.get(name, version)
-    if found is not None:
-        cache_outcome("hit")
-        return respond(found)
+    asked = own.version()
+    found = own.answers.get(name, asked)
+    if found is None:
+        with own.answers.turn(name):
+            found = own.answers.get(name, asked)
+            if found is None:
+                return respond(_shared(name, asked, make))
+    cache_outcome("hit")
+    return respond(found)
+
+
+def _shared(name: str, asked: int, make: Callable[[Connection], Mapping[str, Mapping[str, Any]]]) -> Answer:
+    own = resources()
 
     def made() -> tuple[int, dict[str, bytes]]:
         with transaction(own.reads) as connection:
@@ -55,8 +70,8 @@ def kept_by_all(name: str, make: Callable[[Connection], Mapping[str, Mapping[str
         answers = {each: Answer.of(figures) for each, figures in data.items()}
         return made_at, {each: answer.tag.encode() + answer.body for each, answer in answers.items()}
 
-    version, stored, outcome = own.metrics.get(version, name, made)
+    version, stored, outcome = own.metrics.get(asked, name, made)
     cache_outcome(outcome)
     found = Answer(stored[TAG_CHARS:], stored[:TAG_CHARS].decode())
     own.answers.put(name, version, found)
-    return respond(found)
+    return found

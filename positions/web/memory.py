@@ -4,7 +4,8 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Self
@@ -17,6 +18,8 @@ KEPT_MAX_BYTES = 16 * 1024 * 1024
 ENTRY_BYTES = 1000
 """What an answer takes beside its body."""
 TAG_CHARS = 24
+TURNS = 64
+TURN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +47,24 @@ class LastAnswers:
         self._lock = threading.Lock()
         self._kept: OrderedDict[object, tuple[int, float, Answer]] = OrderedDict()
         self._bytes = 0
+        self._turns = [threading.Lock() for _ in range(TURNS)]
+
+    @contextmanager
+    def turn(self, question: object) -> Iterator[None]:
+        """Let one thread at a time make the answer to ``question``; the others look again when it has."""
+        lock = self._turns[hash(question) % TURNS]
+        # Who waited for so long does without.
+        got = lock.acquire(timeout=TURN_S)
+        try:
+            yield
+        finally:
+            if got:
+                lock.release()
 
     def get(self, question: object, version: int) -> Answer | None:
-        """Return the answer to ``question`` at ``version``, where it is kept and not too old."""
+        """Return the answer to ``question`` at ``version`` or later, where it is kept and not too old."""
         found = self._kept.get(question)
-        if found is None or found[0] != version or self._clock() - found[1] > KEPT_S:
+        if found is None or found[0] < version or self._clock() - found[1] > KEPT_S:
             return None
         return found[2]
 

@@ -61,11 +61,8 @@ def _snapshots() -> None:
 
 
 def _move_older() -> None:
-    kind = op.get_bind().exec_driver_sql(
-        "SELECT format_type(atttypid, NULL) FROM pg_attribute"
-        " WHERE attrelid = 'position_snapshots_before'::regclass AND attname = 'created_at'"
-    ).scalar()
-    at = "created_at AT TIME ZONE 'UTC'" if kind == "timestamp without time zone" else "created_at"
+    at = "created_at AT TIME ZONE 'UTC'" if _type("created_at") == "timestamp without time zone" else "created_at"
+    id_ = "id" if _type("id") == "uuid" else "gen_random_uuid()"
     op.execute(f"""
         DO $$ DECLARE month timestamptz; BEGIN
             FOR month IN SELECT DISTINCT date_trunc('month', {at}, 'UTC') FROM position_snapshots_before LOOP
@@ -74,15 +71,29 @@ def _move_older() -> None:
                     (month AT TIME ZONE 'UTC' + interval '1 month') AT TIME ZONE 'UTC');
             END LOOP;
         END $$""")
-    # Two of one position at one moment are told apart by a microsecond.
+    # Those of one position at one moment are told apart by microseconds: each is at least one after the last.
     op.execute(f"""
-        INSERT INTO position_snapshots (position_id, asset, mode, created_at, snapshot_data)
-        SELECT position_id::uuid, upper(asset),
-            CASE lower(mode) WHEN 'hedge' THEN 'hedge' ELSE 'one-way' END,
-            {at} + (row_number() OVER (PARTITION BY position_id, created_at) - 1) * interval '1 microsecond',
-            snapshot_data::jsonb
-        FROM position_snapshots_before""")
+        INSERT INTO position_snapshots (id, position_id, asset, mode, created_at, snapshot_data)
+        SELECT id, position_id, asset, mode,
+            max(at - place * interval '1 microsecond') OVER (PARTITION BY position_id ORDER BY place)
+                + place * interval '1 microsecond',
+            data
+        FROM (
+            SELECT {id_} AS id, position_id::uuid, upper(asset) AS asset,
+                CASE lower(mode) WHEN 'hedge' THEN 'hedge' ELSE 'one-way' END AS mode, {at} AS at,
+                row_number() OVER (PARTITION BY position_id ORDER BY created_at, ctid) AS place,
+                coalesce(snapshot_data::jsonb, '{{}}') AS data
+            FROM position_snapshots_before
+        ) older""")
     op.execute("DROP TABLE position_snapshots_before")
+
+
+def _type(name: str) -> str:
+    found = op.get_bind().exec_driver_sql(
+        "SELECT format_type(atttypid, NULL) FROM pg_attribute"
+        " WHERE attrelid = 'position_snapshots_before'::regclass AND attname = %s", (name,)
+    )
+    return str(found.scalar())
 
 
 def downgrade() -> None:

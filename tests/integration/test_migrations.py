@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from uuid import UUID
 
 import pytest
 from alembic import command
 from sqlalchemy import Engine, text
 
 from positions.domain.events import Mode, PositionKey
+from positions.handlers.take_snapshots import take_snapshots
+from positions.queries.snapshots import snapshots
 from positions.storage import migrate
 from positions.storage.database import connect
 from tests.integration.support import apply, execution, stored
@@ -91,6 +94,80 @@ def test_fills_fold_on_top_of_a_position_that_was_brought_over(
     assert (row["size"], row["average_entry_price"], row["version"]) == (-1, 50000, 8)
     # 12.5 brought over, 0.5 x (50000 - 48000) gained, 1 paid.
     assert row["realized_pnl"] == Decimal("1011.5")
+
+
+NAMES = ("first", "second", "third", "fourth", "fifth")
+OLDER_SNAPSHOTS = """
+    CREATE TABLE position_snapshots (
+        id {id_type} PRIMARY KEY,
+        position_id uuid NOT NULL REFERENCES positions (id),
+        asset varchar(20) NOT NULL,
+        mode varchar(20) NOT NULL,
+        snapshot_data {data_type} NOT NULL,
+        created_at timestamp NOT NULL DEFAULT now()
+    );
+    CREATE INDEX idx_snapshots_created_at ON position_snapshots (created_at);
+    INSERT INTO position_snapshots (id, position_id, asset, mode, snapshot_data, created_at)
+    SELECT v.id::{id_type}, p.id, v.asset, v.mode, v.data::{data_type}, v.at::timestamp
+    FROM positions p JOIN (VALUES
+        ('{first}', 'BTCUSDT', 'one-way', '{{"size": -1.123456789012345, "note": "a"}}', '2024-11-30 23:59'),
+        ('{second}', 'BTCUSDT', 'one_way', '{{"size": -2, "note": "b"}}', '2024-12-01 00:00'),
+        ('{third}', 'BTCUSDT', 'one-way', '{{"size": -3, "note": "c"}}', '2024-12-01 00:00'),
+        ('{fourth}', 'BTCUSDT', 'one-way', '{{"size": -4, "note": "d"}}', '2024-12-01 00:00:00.000001'),
+        ('{fifth}', 'ethusdt', 'one-way', '{{"size": 0, "note": "e"}}', '2025-02-03 04:05')
+    ) AS v (id, asset, mode, data, at) ON v.asset = p.asset
+    ORDER BY v.at, v.id;
+"""
+
+
+@pytest.mark.parametrize("data_type", ["jsonb", "json", "text"])
+@pytest.mark.parametrize("id_type", ["uuid", "text"])
+def test_an_older_service_s_snapshots_are_brought_over_without_loss(
+    new_empty_database: str, engine: Engine, data_type: str, id_type: str
+) -> None:
+    ids = [str(UUID(int=number)) for number in range(1, 6)]
+    names = dict(zip(NAMES, ids, strict=True))
+    with engine.begin() as connection:
+        connection.exec_driver_sql(OLDER)
+        connection.exec_driver_sql(OLDER_SNAPSHOTS.format(data_type=data_type, id_type=id_type, **names))
+    migrate.upgrade(new_empty_database)
+    midnight = datetime(2024, 12, 1, tzinfo=UTC)
+    with engine.connect() as connection:
+        found = snapshots(connection, BTC, limit=100)
+        (other,) = snapshots(connection, PositionKey("ETHUSDT", Mode.ONE_WAY), limit=100)
+        in_default = connection.exec_driver_sql("SELECT FROM position_snapshots_default").all()
+    assert [each.created_at for each in found] == [
+        midnight + timedelta(microseconds=2),
+        midnight + timedelta(microseconds=1),
+        midnight,
+        midnight - timedelta(minutes=1),
+    ]
+    assert [each.snapshot_data["note"] for each in found] == ["d", "c", "b", "a"]
+    assert found[3].snapshot_data["size"] == "-1.123456789012345"
+    assert {(each.asset, each.mode) for each in found} == {("BTCUSDT", "one-way")}
+    assert (other.asset, other.created_at) == ("ETHUSDT", datetime(2025, 2, 3, 4, 5, tzinfo=UTC))
+    assert not in_default
+    if id_type == "uuid":
+        assert [each.id for each in (*found[::-1], other)] == ids
+
+
+def test_snapshots_go_on_beside_those_that_were_brought_over(new_empty_database: str, engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql(OLDER)
+        connection.exec_driver_sql(
+            OLDER_SNAPSHOTS.format(data_type="jsonb", id_type="text", **dict.fromkeys(NAMES, "x")).replace(
+                "PRIMARY KEY", ""
+            )
+        )
+    migrate.upgrade(new_empty_database)
+    with engine.begin() as connection:
+        at = datetime(2025, 2, 3, 5, tzinfo=UTC)
+        (taken,) = take_snapshots(connection, [BTC], at=at, stale_after=timedelta(minutes=5))
+        newest, *rest = snapshots(connection, BTC, limit=100)
+        assert newest == taken
+        assert len(rest) == 4
+        assert taken.snapshot_data["size"] == "-1.5"
+        assert not connection.exec_driver_sql("SELECT FROM position_snapshots_default").all()
 
 
 def older(engine: Engine, table: str, rows: str) -> None:

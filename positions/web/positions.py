@@ -49,10 +49,7 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 def _place(microseconds: str, id_: str) -> Place:
-    try:
-        return Place(_EPOCH + int(microseconds) * _MICROSECOND, int(id_))
-    except OverflowError:
-        raise ValueError("is of no time there is") from None
+    return Place(_EPOCH + int(microseconds) * _MICROSECOND, int(id_))
 
 
 PlaceCursor = Annotated[Place, *cursor(r"(-?[0-9]{1,16})\.([0-9]{1,18})", _place)]

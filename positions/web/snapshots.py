@@ -1,6 +1,7 @@
 """Snapshots of positions: taken now, listed, and as a curve of the portfolio."""
 
-from datetime import UTC, datetime
+import math
+from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Annotated
 
@@ -10,16 +11,21 @@ from pydantic.json_schema import SkipJsonSchema
 
 from positions.domain.events import PositionKey
 from positions.handlers.take_snapshots import take_snapshots
-from positions.messages.outbound import SnapshotView, snapshot_object
+from positions.messages.outbound import EquityPoint, SnapshotView, equity_object, snapshot_object
+from positions.queries.history import POINTS_MAX, equity_curve
 from positions.queries.snapshots import snapshots
 from positions.storage.database import in_transaction, transaction
 from positions.web.openapi import OF_BODY, api
-from positions.web.parameters import Limit, Moment, OfAsset, OfMode, checked, text, whole
+from positions.web.parameters import Limit, Moment, OfAsset, OfMode, Parameters, checked, text, whole
 from positions.web.resources import resources
 
 blueprint = api("snapshots")
 
 OFFSET_MAX = 1_000_000
+INTERVAL_MAX_S = 366 * 24 * 3600
+WEEK = timedelta(days=7)
+SECOND = timedelta(seconds=1)
+_BEGINNING = datetime.min.replace(tzinfo=UTC)
 
 
 class Wanted(OfMode):
@@ -39,6 +45,21 @@ class Wanted(OfMode):
     """Only of this moment and earlier."""
 
 
+class Curve(Parameters):
+    """From when to when, and how fine."""
+
+    from_: Moment | SkipJsonSchema[None] = Field(None, alias="from")
+    """The first point; a week before `to` if not given."""
+    to: Moment | SkipJsonSchema[None] = None
+    """The last point is of this moment or before; now if not given."""
+    interval: Annotated[
+        int,
+        text(whole(1, INTERVAL_MAX_S)),
+        WithJsonSchema({"type": "integer", "minimum": 1, "maximum": INTERVAL_MAX_S}),
+    ] = 3600
+    """Seconds between two points, or as many more as it takes to have no more than a thousand."""
+
+
 class Snapshot(RootModel[SnapshotView]):
     """One snapshot."""
 
@@ -48,6 +69,15 @@ class Snapshots(BaseModel):
 
     snapshots: list[SnapshotView]
     count: int
+
+
+class History(BaseModel):
+    """The equity curve, the oldest point first, from the first one that any snapshot tells of."""
+
+    points: list[EquityPoint]
+    count: int
+    interval_seconds: int
+    """Between two points, as it was chosen in the end."""
 
 
 @blueprint.post("/positions/<asset>/snapshot", responses={201: Snapshot}, openapi_extensions=OF_BODY)
@@ -91,3 +121,20 @@ def listed(path: OfAsset, query: Wanted) -> Response:
             to=query.to,
         )
     return jsonify(snapshots=[snapshot_object(each) for each in found], count=len(found))
+
+
+@blueprint.get("/portfolio/history", responses={200: History})
+@checked
+def history(query: Curve) -> Response:
+    """Tell what the portfolio was worth, point by point: the newest snapshot of each position until then."""
+    to = query.to or datetime.now(UTC)
+    from_ = query.from_ or max(to, _BEGINNING + WEEK) - WEEK
+    points: tuple[EquityPoint, ...] = ()
+    interval = query.interval
+    if from_ <= to:
+        interval = max(interval, math.ceil((to - from_) / SECOND / (POINTS_MAX - 1)))
+        with transaction(resources().reads) as connection:
+            points = equity_curve(connection, from_=from_, to=to, interval=interval * SECOND)
+    return jsonify(
+        points=[equity_object(each) for each in points], count=len(points), interval_seconds=interval
+    )

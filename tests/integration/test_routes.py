@@ -89,6 +89,33 @@ def test_snapshot_is_taken_and_listed(client: FlaskClient, engine: Engine) -> No
     problem(client.post("/api/v1/positions/BTCUSDT/snapshot"), 404, "not_found")
 
 
+def test_history_adds_up_what_snapshots_tell(client: FlaskClient, engine: Engine) -> None:
+    address = "/api/v1/portfolio/history"
+    assert client.get(address).get_json() == {"points": [], "count": 0, "interval_seconds": 3600}
+    price = {"event_type": "position", "data": {"symbol": "BTCUSDT", "markPrice": "110"}}
+    apply(engine, [execution("BTCUSDT", "Buy", "2", "100"), execution("ETHUSDT", "Sell", "1", "50"), price])
+    for asset in ("BTCUSDT", "ETHUSDT"):
+        assert client.post(f"/api/v1/positions/{asset}/snapshot").status_code == 201
+    now = datetime.now(UTC)
+    wanted = {"from": now.isoformat(), "to": (now + timedelta(minutes=3)).isoformat(), "interval": "60"}
+    body = client.get(address, query_string=wanted).get_json()
+    assert (body["count"], body["interval_seconds"]) == (4, 60)
+    assert {name: each for name, each in body["points"][0].items() if name != "at"} == {
+        "total_exposure_usdt": "220",
+        "net_exposure_usdt": "220",
+        "total_unrealized_pnl_usdt": "20",
+        "total_realized_pnl_usdt": "0",
+        "total_pnl_usdt": "20",
+        "drawdown_usdt": "0",
+    }
+    year = {"from": (now - timedelta(days=365)).isoformat(), "to": now.isoformat(), "interval": "1"}
+    assert client.get(address, query_string=year).get_json()["interval_seconds"] == 31568
+    backwards = {"from": now.isoformat(), "to": (now - timedelta(1)).isoformat()}
+    assert client.get(address, query_string=backwards).get_json()["points"] == []
+    assert client.get(address, query_string={"to": "0001-01-02T00:00:00Z"}).status_code == 200
+    assert client.get(address, query_string={"to": "9999-12-31T23:59:59Z"}).status_code == 200
+
+
 def test_validation_tells_and_mends(client: FlaskClient, engine: Engine) -> None:
     apply(engine, [execution("BTCUSDT", "Buy", "1", "100")])
     address = "/api/v1/positions/BTCUSDT/validate"

@@ -93,9 +93,40 @@ def position_as_of(
     past = _past(connection, keys, at, policy) if key in keys else {}
     if key not in past:
         raise NotFound(f"There was no {key.mode} position in {key.asset}.")
-    own = past[key]
+    return _view(key, past[key], _gross(past), at, stale_after)
+
+
+def positions_as_of(
+    connection: Connection,
+    at: datetime,
+    *,
+    policy: Policy,
+    now: datetime,
+    stale_after: timedelta,
+    asset: str | None = None,
+) -> tuple[PositionView, ...]:
+    """Return all positions there were at the moment ``at``, or those in one asset, in order of their keys.
+
+    Args as of :func:`position_as_of`.
+    """
+    at = min(at, now)
+    past = _past(connection, positions.keys(connection), at, policy)
+    gross = _gross(past)
+    return tuple(
+        _view(key, past[key], gross, at, stale_after)
+        for key in sorted(past)
+        if asset is None or key.asset == asset
+    )
+
+
+def _gross(past: Mapping[PositionKey, _Past]) -> Decimal:
     with exact():
-        portfolio_exposure = total(each.exposure for each in past.values())
+        return total(each.exposure for each in past.values())
+
+
+def _view(
+    key: PositionKey, own: _Past, portfolio_exposure: Decimal, at: datetime, stale_after: timedelta
+) -> PositionView:
     return PositionView.of_figures(
         own.figures,
         id=own.stored.id,

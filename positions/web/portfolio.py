@@ -18,12 +18,12 @@ from positions.messages.outbound import (
     portfolio_object,
     position_object,
 )
-from positions.queries.as_of import portfolio_as_of
+from positions.queries.as_of import portfolio_as_of, positions_as_of
 from positions.queries.portfolio import portfolio
 from positions.queries.positions import positions
 from positions.web.answers import kept, kept_by_all
 from positions.web.openapi import TAGGED, api
-from positions.web.parameters import Asset, BadParameters, Flag, Moment, Parameters, checked, cursor_of
+from positions.web.parameters import Asset, Flag, Moment, Parameters, checked, cursor_of
 from positions.web.resources import resources
 
 blueprint = api("portfolio")
@@ -36,7 +36,7 @@ class Wanted(Parameters):
     asset: Asset | SkipJsonSchema[None] = None
     """Only the positions in this asset; `limit_exceeded` is the whole portfolio's all the same."""
     as_of: Moment | SkipJsonSchema[None] = None
-    """A moment of events' own times; one to come is now. Without `include_positions`."""
+    """A moment of events' own times; one to come is now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class _WithPositions(PortfolioView):
     """What all positions add up to; exposures over the priced ones only."""
 
     positions: list[PositionView] | SkipJsonSchema[None] = None
-    """Only with `include_positions`: the first page of `/positions`."""
+    """Only with `include_positions`: the first page of `/positions`; with `as_of`, all there were."""
     next_cursor: str | None = None
     """Only with `include_positions`: where `/positions` goes on; null when these are all."""
 
@@ -68,12 +68,11 @@ def figures(query: Wanted) -> Response:
     if query == Wanted():
         return kept_by_all("portfolio", _figures)
 
-    if query.as_of is not None and query.include_positions:
-        raise BadParameters({"include_positions": "is not possible with as_of"})
-
     def make(connection: Connection) -> dict[str, object]:
         answer = _portfolio(connection, query.asset, query.as_of)
-        if query.include_positions:
+        if not query.include_positions:
+            return answer
+        if query.as_of is None:
             page = positions(
                 connection,
                 now=datetime.now(UTC),
@@ -82,6 +81,18 @@ def figures(query: Wanted) -> Response:
             )
             answer["positions"] = [position_object(each) for each in page.positions]
             answer["next_cursor"] = page.next and cursor_of(*page.next)
+        else:
+            own = resources()
+            past = positions_as_of(
+                connection,
+                query.as_of,
+                policy=own.rules.policy,
+                now=datetime.now(UTC),
+                stale_after=own.stale_after,
+                asset=query.asset,
+            )
+            answer["positions"] = [position_object(each) for each in past]
+            answer["next_cursor"] = None
         return answer
 
     return kept(make)

@@ -63,6 +63,9 @@ def test_position_and_portfolio_as_they_were(client: FlaskClient, engine: Engine
         assert (body["size"], body["average_entry_price"]) == (size, average)
         whole = client.get("/api/v1/portfolio", query_string={"as_of": at}).get_json()
         assert whole["by_asset"]["BTCUSDT"]["size"] == size
+        wanted = {"as_of": at, "include_positions": "true"}
+        with_positions = client.get("/api/v1/portfolio", query_string=wanted).get_json()
+        assert with_positions["positions"] == [body]
     before = client.get("/api/v1/positions/BTCUSDT?as_of=2025-01-15T09:59:59")
     assert problem(before, 404, "not_found")["detail"] == "There was no one-way position in BTCUSDT."
 

@@ -177,11 +177,19 @@ def checked(view: View) -> View:
 
     @wraps(view)
     def wrapper(**path: Any) -> Any:
-        found, faults = {}, {}
-        for name, given in (("path", MultiDict(path)), ("query", _given())):
-            if name in models:
-                found[name], wrong = parsed(models[name], given)
-                faults.update(wrong)
+        # What the body names counts before what the query does; both must be right.
+        sources = (("path", MultiDict(path)), ("query", request.args), ("query", _body()))
+        found: dict[str, Any] = {}
+        faults = {}
+        for name, given in sources:
+            if given is None or name not in models:
+                continue
+            read, wrong = parsed(models[name], given)
+            faults.update(wrong)
+            if read is not None and found.get(name) is not None:
+                named = {each: getattr(read, each) for each in read.model_fields_set}
+                read = found[name].model_copy(update=named)
+            found[name] = read
         if faults:
             raise BadParameters(faults)
         return view(**{name: model for name, model in found.items() if name in hints})
@@ -192,15 +200,15 @@ def checked(view: View) -> View:
     return wrapper  # type: ignore[return-value]
 
 
-def _given() -> MultiDict[str, Any]:
-    """Return the parameters of the query, and of a JSON object in the body, which counts where both name one.
+def _body() -> MultiDict[str, Any] | None:
+    """Return the members of a JSON object in the body, where there is a body.
 
     Raises:
-        BadParameters: the body is no JSON object.
+        BadParameters: it is no JSON object.
         UnsupportedMediaType: it does not say that it is JSON.
     """
     if request.method == "GET" or not (request.content_length or request.headers.get("Transfer-Encoding")):
-        return request.args
+        return None
     try:
         members = request.get_json()
     except BadRequest:
@@ -208,9 +216,9 @@ def _given() -> MultiDict[str, Any]:
     if not isinstance(members, dict):
         raise BadParameters({"body": "must be a JSON object"})
     # true is "true" in a query.
-    texts = {name: str(value) if isinstance(value, bool) else value for name, value in members.items()}
-    of_query = [each for each in request.args.items(multi=True) if each[0] not in texts]
-    return MultiDict([*of_query, *texts.items()])
+    return MultiDict(
+        {name: str(value) if isinstance(value, bool) else value for name, value in members.items()}
+    )
 
 
 def parsed(model: type[Parameters], given: MultiDict[str, Any]) -> tuple[Parameters | None, dict[str, str]]:

@@ -198,6 +198,14 @@ def test_body_that_is_no_parameters_is_refused(
     assert response.content_type == "application/problem+json"
 
 
+def test_body_counts_before_the_query_and_both_must_be_right(client: FlaskClient, engine: Engine) -> None:
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100", mode="hedge")])
+    address = "/api/v1/positions/BTCUSDT/snapshot"
+    assert client.post(f"{address}?mode=one-way", json={"mode": "hedge"}).get_json()["mode"] == "hedge"
+    body = problem(client.post(f"{address}?mode=x", json={"mode": "hedge"}), 400, "bad_parameters")
+    assert list(body["details"]) == ["mode"]
+
+
 def test_description_covers_every_address_of_the_contract(client: FlaskClient) -> None:
     response = client.get("/openapi.json", headers={"X-API-Key": ""})
     assert response.status_code == 200

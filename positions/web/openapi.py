@@ -138,7 +138,11 @@ def _complete(operation: dict[str, Any], method: str, path: str) -> None:
         if parameter["schema"].get("default", "") is None:
             del parameter["schema"]["default"]
     if operation.pop("x-of-body", False):
-        members = {each["name"]: each["schema"] for each in operation["parameters"] if each["in"] == "query"}
+        members = {
+            each["name"]: _in_json(each["schema"])
+            for each in operation["parameters"]
+            if each["in"] == "query"
+        }
         operation["requestBody"] = {
             "description": "The parameters of the query may stand here instead, and count before those.",
             "content": {
@@ -174,6 +178,11 @@ def _complete(operation: dict[str, Any], method: str, path: str) -> None:
         )
     for status in sorted(expected):
         answers.setdefault(str(status), {"$ref": f"#/components/responses/Problem{status}"})
+
+
+def _in_json(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a parameter as a member of a body, where a flag may be a flag."""
+    return {"anyOf": [{"type": "boolean"}, schema]} if "true" in schema.get("enum", ()) else schema
 
 
 def _headers(*names: str) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class Point:
     held: Mapping[LegName, Held]
 
 
-POINT_EVERY = 500
+POINT_EVERY = 100
 """So many fills are at most folded beside those that came after a late one."""
 
 

@@ -183,6 +183,7 @@ def _with_reports(state: State, reports: Sequence[Report], outcome: Outcome) -> 
 def _adjustments(key: PositionKey, stored: Stored, after: State) -> list[Entry]:
     """Return the ledger entries for sizes newly taken over from the venue, as a trail: no fold reads them."""
     made = []
+    sources = {(report.id, report.leg): report.time_source for report in after.reports}
     for leg, held in after.held.items():
         # What an older service had is taken over with the first change.
         before = empty(key).held[leg] if stored.adopted else stored.state.held[leg]
@@ -201,7 +202,7 @@ def _adjustments(key: PositionKey, stored: Stored, after: State) -> list[Entry]:
                 quantity=change,
                 price=taken.average or (after.mark.price if after.mark else ZERO),
                 executed_at=taken.at,
-                time_source=TimeSource.EVENT,
+                time_source=sources.get((taken.report_id, leg), TimeSource.EVENT),
                 exec_type="Takeover",
                 size_after=taken.size,
             )

@@ -29,6 +29,8 @@ _SESSION = {
     "statement_timeout": "8s",
     "lock_timeout": "4s",
     "idle_in_transaction_session_timeout": "30s",
+    # Compiling our statements takes longer than running them.
+    "jit": "off",
     # A client that is gone without a word must not keep its locks for hours.
     "tcp_keepalives_idle": "30",
     "tcp_keepalives_interval": "10",

@@ -241,8 +241,6 @@ def sums_at(
     A row for each point `at`, from the first one on that any snapshot tells of: `exposure`, `net_exposure`,
     `unrealized_pnl`, `realized_pnl`, their sum `pnl`, and its `drawdown` from the highest before. All exact.
     """
-    # Compiling the plan, which has a part for each month, takes as long as it runs.
-    connection.exec_driver_sql("SET LOCAL jit = off")
     values = {"first": first, "interval": interval, "count": count}
     return connection.exec_driver_sql(_SUMS, values).mappings().all()
 

@@ -230,16 +230,16 @@ def test_a_late_fill_is_folded_from_the_last_point_before_it() -> None:
     key = KEYS[Mode.ONE_WAY]
     entries = [
         replace(_late(f"exec:{number}"), executed_at=START + timedelta(seconds=number))
-        for number in range(1200)
+        for number in range(1250)
     ]
-    late = entries.pop(1100)
+    late = entries.pop(1230)
     with exact():
         keeper = Keeper(key)
         for start in range(0, len(entries), 100):
             keeper.apply(entries[start : start + 100])
         keeper.apply([late])
         assert keeper.refolds == keeper.from_points == 1
-        assert keeper.state.held[LegName.NET].leg.size == 1200
+        assert keeper.state.held[LegName.NET].leg.size == 1250
         assert max(point.order for point in keeper.points).at < late.executed_at
 
 

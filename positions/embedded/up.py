@@ -321,6 +321,8 @@ class Up:
   curl -H {header} {address}/api/v1/positions
   curl -H {header} {address}/api/v1/portfolio
 
+  the API, to read and try: {address}/docs
+
 Ctrl-C stops everything.
 """)
 

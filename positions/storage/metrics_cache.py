@@ -6,6 +6,7 @@ update. Redis away or slow means slower, never wrong: whoever asks computes for 
 
 import time
 from collections.abc import Callable, Mapping
+from hashlib import blake2b
 from typing import Literal
 
 import redis
@@ -23,6 +24,8 @@ WAIT_S = 0.3
 POLL_S = 0.01
 AWAY_S = 1.0
 """How long Redis is left alone after it failed, so that not every request pays its timeout."""
+SEAL_BYTES = 16
+"""Of what stands before the figures: it tells them from whatever else may lie under their key."""
 
 Outcome = Literal["hit", "miss", "unavailable"]
 Made = tuple[int, Mapping[str, bytes]]
@@ -75,20 +78,27 @@ class MetricsCache:
             return version, found, "hit"
         outcome: Outcome = "unavailable" if self._away() else "miss"
         made_at, made = make()
-        self._store(made_at, made)
+        # Who waits for the version that was asked for takes a later one as well.
+        for each in {version, made_at}:
+            self._store(each, made)
         return made_at, made[name], outcome
 
     def _from_redis(self, version: int, name: str) -> bytes | None:
         """Return what is stored; None where it is for the caller to compute."""
         key = self._key(version)
-        found: bytes | None = self._redis.hget(key, name)  # type: ignore[assignment]
+        found = self._stored(key, name)
         if found is not None or self._redis.set(f"{key}:lock", "1", nx=True, ex=COMPUTE_S):
             return found
         end = time.monotonic() + WAIT_S
         while found is None and time.monotonic() < end:
             time.sleep(POLL_S)
-            found = self._redis.hget(key, name)  # type: ignore[assignment]
+            found = self._stored(key, name)
         return found
+
+    def _stored(self, key: str, name: str) -> bytes | None:
+        found: bytes = self._redis.hget(key, name) or b""  # type: ignore[assignment]
+        figures = found[SEAL_BYTES:]
+        return figures if found[:SEAL_BYTES] == _seal(key, name, figures) else None
 
     def _store(self, version: int, made: Mapping[str, bytes]) -> None:
         if self._away():
@@ -96,7 +106,7 @@ class MetricsCache:
         key = self._key(version)
         try:
             with self._redis.pipeline(transaction=True) as pipe:
-                pipe.hset(key, mapping=dict(made))
+                pipe.hset(key, mapping={name: _seal(key, name, each) + each for name, each in made.items()})
                 pipe.expire(key, self._ttl_s)
                 pipe.delete(f"{key}:lock")
                 pipe.execute()
@@ -112,3 +122,9 @@ class MetricsCache:
     def _leave_alone(self, error: redis.RedisError) -> None:
         self._away_until = time.monotonic() + AWAY_S
         log.warning("cache_unavailable", reason=type(error).__name__)
+
+
+def _seal(key: str, name: str, figures: bytes) -> bytes:
+    seal = blake2b(f"{key} {name} ".encode(), digest_size=SEAL_BYTES)
+    seal.update(figures)
+    return seal.digest()

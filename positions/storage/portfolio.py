@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg2
 from sqlalchemy import Connection, Engine, RowMapping, and_, bindparam, case, func, literal, or_, select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from positions.errors import Unavailable
 from positions.storage.database import refuse_while_silent
@@ -134,7 +134,7 @@ class Versions:
         try:
             self._connect()
             return self._ask()
-        except (psycopg2.Error, DBAPIError) as error:
+        except (psycopg2.Error, SQLAlchemyError) as error:
             self._close()
             raise Unavailable(f"{type(error).__name__} at the portfolio's version") from error
 

@@ -15,8 +15,8 @@ KEPT_S = 1.0
 KEPT_MAX_BYTES = 16 * 1024 * 1024
 """Of all answers a process keeps."""
 
-ENTRY_BYTES = 1000
-"""What an answer takes beside its body."""
+ENTRY_BYTES = 3000
+"""What an answer takes beside its body, with the longest question that is answered at all."""
 TAG_CHARS = 24
 TURNS = 64
 TURN_S = 5.0

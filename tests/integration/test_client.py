@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -165,6 +165,23 @@ def test_quarantined_message_is_read_and_replayed(client: Client, engine: Engine
     assert next(client.quarantine(replayed=True)).replayed_at is not None
     with pytest.raises(NotFound):
         client.replay(2**40)
+
+
+def test_what_stands_behind_a_position_is_read(client: Client, engine: Engine) -> None:
+    apply(engine, [execution("BTCUSDT", "Buy", "0.5", "100", number=60 * each) for each in range(5)])
+    ledger = list(client.executions("BTCUSDT", limit=2))
+    assert [(each.quantity, each.price) for each in ledger] == [(Decimal("0.5"), 100)] * 5
+    past = client.position("BTCUSDT", as_of=ledger[-1].executed_at)
+    assert past is not None
+    assert past.size == Decimal("0.5")
+    assert client.position("BTCUSDT", as_of=datetime(2020, 1, 1, tzinfo=UTC)) is None
+    taken = client.take_snapshot("BTCUSDT")
+    assert client.snapshots("BTCUSDT", to=taken.created_at) == [taken]
+    validation = client.validate("BTCUSDT", fix_discrepancies=False)
+    assert (validation.is_valid, validation.breaks) == (True, ())
+    curve = client.history(taken.created_at, taken.created_at + timedelta(minutes=1), 30)
+    assert [each.total_realized_pnl_usdt for each in curve.points] == [0, 0, 0]
+    assert curve.interval_seconds == 30
 
 
 def test_health_needs_nothing_but_the_service(client: Client) -> None:

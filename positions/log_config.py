@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -68,7 +69,8 @@ class _Lines:
 
     def msg(self, line: str) -> None:
         # Standard output is for what commands print. One write a line, so that lines do not mix.
-        sys.stderr.write(line + "\n")
+        with suppress(OSError, ValueError):  # a full disk must not end what was to be logged
+            sys.stderr.write(line + "\n")
 
     debug = info = warning = error = critical = msg
 

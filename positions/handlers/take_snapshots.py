@@ -13,7 +13,7 @@ from positions.domain.numbers import exact
 from positions.errors import NotFound
 from positions.messages.outbound import PositionView, SnapshotView, snapshot_data
 from positions.messages.published import SNAPSHOT_CREATED, position_snapshot_created
-from positions.storage import outbox, portfolio, snapshots
+from positions.storage import outbox, snapshots
 from positions.storage.snapshots import Snapshot
 
 
@@ -79,7 +79,6 @@ def take_snapshots(
     )
     if views:
         snapshots.mark_taken(connection, [view.position_id for view in views], at=at)
-        portfolio.advance(connection)
     return views
 
 

@@ -17,7 +17,7 @@ from positions.domain.position import Point, Policy, State
 from positions.messages.outbound import PositionView
 from positions.messages.published import POSITION_UPDATED, position_updated
 from positions.settings import Settings
-from positions.storage import breaks, fold_points, ledger, outbox, portfolio, positions
+from positions.storage import breaks, fold_points, ledger, outbox, positions
 from positions.storage.portfolio import GROSS_EXPOSURE
 from positions.storage.positions import Stored
 
@@ -111,7 +111,6 @@ def write_changes(
             trace_id=trace_id,
         )
     outbox.add(connection, messages)
-    portfolio.advance(connection)
     return found_breaks
 
 

@@ -27,7 +27,6 @@ Result = TypeVar("Result")
 _SESSION = {
     "timezone": "UTC",
     "statement_timeout": "8s",
-    "lock_timeout": "4s",
     "idle_in_transaction_session_timeout": "30s",
     # Compiling our statements takes longer than running them.
     "jit": "off",
@@ -50,7 +49,9 @@ _silent = threading.Event()
 _probe = threading.Lock()
 
 
-def connect(url: str, *, pool_size: int = 5, application: str = "positions") -> Engine:
+def connect(
+    url: str, *, pool_size: int = 5, application: str = "positions", lock_timeout: str = "4s"
+) -> Engine:
     """Return an engine for the database at ``url``; nothing is opened before the first use."""
     return create_engine(
         url,
@@ -63,7 +64,9 @@ def connect(url: str, *, pool_size: int = 5, application: str = "positions") -> 
         connect_args={
             "connect_timeout": 4,
             "tcp_user_timeout": 8000,  # ms without an answer from a host that is gone
-            "options": " ".join(f"-c {name}={value}" for name, value in _SESSION.items()),
+            "options": " ".join(
+                f"-c {name}={value}" for name, value in {**_SESSION, "lock_timeout": lock_timeout}.items()
+            ),
             "application_name": application,
             "keepalives_idle": 30,
             "keepalives_interval": 10,

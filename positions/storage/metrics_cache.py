@@ -63,14 +63,19 @@ class MetricsCache:
         self._prefix = prefix
         self._ttl_s = ttl_s
         self._away_until = 0.0
+        self._last: set[str] = set()
 
-    def get(self, version: int, name: str, make: Callable[[], Made]) -> tuple[int, bytes, Outcome]:
+    def get(
+        self, version: int, name: str, make: Callable[[], Made], *, era: str = ""
+    ) -> tuple[int, bytes, Outcome]:
         """Return the figures called ``name`` at ``version`` or a later one, which that is, and from where.
+
+        Versions of different eras are of different things (`positions.storage.portfolio.Versions`).
 
         Of all processes that miss, one calls ``make``; the others wait a little for what it stores.
         """
         try:
-            found = None if self._away() else self._from_redis(version, name)
+            found = None if self._away() else self._from_redis(self._key(era, version), name)
         except redis.RedisError as error:
             self._leave_alone(error)
             found = None
@@ -79,13 +84,12 @@ class MetricsCache:
         outcome: Outcome = "unavailable" if self._away() else "miss"
         made_at, made = make()
         # Who waits for the version that was asked for takes a later one as well.
-        for each in {version, made_at}:
-            self._store(each, made)
+        keys = {self._key(era, each) for each in (version, made_at)}
+        self._store(keys, made)
         return made_at, made[name], outcome
 
-    def _from_redis(self, version: int, name: str) -> bytes | None:
+    def _from_redis(self, key: str, name: str) -> bytes | None:
         """Return what is stored; None where it is for the caller to compute."""
-        key = self._key(version)
         found = self._stored(key, name)
         if found is not None or self._redis.set(f"{key}:lock", "1", nx=True, ex=COMPUTE_S):
             return found
@@ -100,21 +104,26 @@ class MetricsCache:
         figures = found[SEAL_BYTES:]
         return figures if found[:SEAL_BYTES] == _seal(key, name, figures) else None
 
-    def _store(self, version: int, made: Mapping[str, bytes]) -> None:
+    def _store(self, keys: set[str], made: Mapping[str, bytes]) -> None:
         if self._away():
             return
-        key = self._key(version)
         try:
             with self._redis.pipeline(transaction=True) as pipe:
-                pipe.hset(key, mapping={name: _seal(key, name, each) + each for name, each in made.items()})
-                pipe.expire(key, self._ttl_s)
-                pipe.delete(f"{key}:lock")
+                # Nobody asks for older versions again, and under many changes they would fill Redis.
+                for key in self._last - keys:
+                    pipe.delete(key)
+                for key in keys:
+                    sealed = {name: _seal(key, name, each) + each for name, each in made.items()}
+                    pipe.hset(key, mapping=sealed)
+                    pipe.expire(key, self._ttl_s)
+                    pipe.delete(f"{key}:lock")
                 pipe.execute()
+            self._last = keys
         except redis.RedisError as error:
             self._leave_alone(error)
 
-    def _key(self, version: int) -> str:
-        return f"{self._prefix}:portfolio:{version}"
+    def _key(self, era: str, version: int) -> str:
+        return f"{self._prefix}:portfolio:{era}:{version}"
 
     def _away(self) -> bool:
         return time.monotonic() < self._away_until

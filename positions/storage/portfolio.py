@@ -72,20 +72,22 @@ def sums_by_asset(connection: Connection, *, stale_before: datetime) -> Sequence
     return connection.execute(_SUMS, {"stale_before": stale_before}).mappings().all()
 
 
-def advance(connection: Connection) -> None:
-    """Say that positions changed in this transaction. To be the last lock that it takes."""
-    connection.exec_driver_sql(
-        "UPDATE portfolio_versions SET value = value + 1 WHERE shard = (pg_backend_pid() & 15)"
-    )
-
-
 def version(connection: Connection) -> int:
-    """Return the portfolio's version: it grows with every committed change of any position."""
+    """Return the portfolio's version: it grows with every committed change of any position.
+
+    A trigger sees to it, in the transaction of the change and as its last lock.
+    """
     found: int = connection.exec_driver_sql(_VERSION).scalar_one()
     return found
 
 
-_VERSION = "SELECT sum(value)::bigint FROM portfolio_versions"
+_VERSION = "SELECT coalesce(sum(value), 0)::bigint FROM portfolio_versions"
+# What changes where a version may come back with other figures: another database, one that was restored, or
+# a server that was set back.
+_ERA = """
+    SELECT concat_ws('-', (SELECT oid FROM pg_database WHERE datname = current_database()),
+        pg_relation_filenode('portfolio_versions'), extract(epoch FROM pg_postmaster_start_time()))
+"""
 
 
 class Versions:
@@ -103,6 +105,8 @@ class Versions:
         self._engine = engine
         self._lock = threading.Lock()
         self._cursor: Any = None
+        self.era = ""
+        """Versions of one era can be compared, and others cannot."""
         self._begun = 0
         self._version = 0
 
@@ -127,10 +131,15 @@ class Versions:
 
     def _read(self) -> int:
         if self._cursor is not None:
-            # A connection that was idle may be gone without a word: a new one tells whether the database is.
-            with suppress(psycopg2.Error):
+            try:
                 return self._ask()
-            self._close()
+            except psycopg2.Error as error:
+                # A connection that was idle may be gone without a word: a new one tells whether the
+                # database is. Who waited for a lock in vain does not wait again.
+                gone = self._cursor.connection.closed
+                self._close()
+                if not gone:
+                    raise Unavailable(f"{type(error).__name__} at the portfolio's version") from error
         try:
             self._connect()
             return self._ask()
@@ -144,6 +153,8 @@ class Versions:
         own.detach()
         connection.autocommit = True
         self._cursor = connection.cursor()
+        self._cursor.execute(_ERA)
+        self.era = self._cursor.fetchone()[0]
 
     def _ask(self) -> int:
         self._cursor.execute(_VERSION)

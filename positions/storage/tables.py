@@ -179,7 +179,8 @@ portfolio_mark = Table(
     CheckConstraint("id = 1", name="single"),
 )
 
-# Their sum grows with every committed change of any position: one number that says whether anything changed.
+# Their sum grows with every committed change of any position, by a trigger: one number that says whether
+# anything changed.
 portfolio_versions = Table(
     "portfolio_versions",
     metadata,
@@ -200,6 +201,9 @@ api_keys = Table(
     Column("expires_at", Time),
     Column("revoked_at", Time),
     UniqueConstraint("digest"),
+    CheckConstraint("digest ~ '^[0-9a-f]{64}$'", name="digest"),
+    CheckConstraint("role IN ('read', 'operate')", name="role"),
+    CheckConstraint("requests_per_minute > 0", name="requests_per_minute"),
 )
 
 # Partitioned by month of created_at (positions.storage.snapshots); no foreign key, which would slow every

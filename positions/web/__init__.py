@@ -2,7 +2,7 @@
 
 from flask import Flask, Response, request
 from flask.json.provider import DefaultJSONProvider
-from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.exceptions import LengthRequired, RequestEntityTooLarge
 
 from positions import log_config
 from positions.settings import Settings, load
@@ -76,6 +76,9 @@ def create_app(settings: Settings | None = None) -> Flask:
 def _refuse_oversized() -> None:
     if len(request.query_string) > QUERY_MAX_BYTES:
         raise BadParameters({"query": f"is longer than {QUERY_MAX_BYTES} bytes"})
+    # Nobody who sends a few parameters sends them in chunks; their length would be known only at the end.
+    if "Transfer-Encoding" in request.headers:
+        raise LengthRequired
     # Flask looks at the length only once a view reads the body.
     if (request.content_length or 0) > BODY_MAX_BYTES:
         raise RequestEntityTooLarge

@@ -70,7 +70,7 @@ def _shared(name: str, asked: int, make: Callable[[Connection], Mapping[str, Map
         answers = {each: Answer.of(figures) for each, figures in data.items()}
         return made_at, {each: answer.tag.encode() + answer.body for each, answer in answers.items()}
 
-    version, stored, outcome = own.metrics.get(asked, name, made)
+    version, stored, outcome = own.metrics.get(asked, name, made, era=own.version.era)
     cache_outcome(outcome)
     found = Answer(stored[TAG_CHARS:], stored[:TAG_CHARS].decode())
     own.answers.put(name, version, found)

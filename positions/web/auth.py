@@ -13,11 +13,10 @@ from typing import TypeVar
 import structlog
 from flask import Flask, current_app, g, request
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import Forbidden, Unauthorized
 
-from positions.errors import PositionsError, Unavailable
+from positions.errors import Unavailable
 from positions.settings import DEFAULT_KEY, PREFIX, Role, Settings, SettingsError
 from positions.storage import api_keys
 from positions.storage.database import transaction
@@ -93,6 +92,7 @@ def init(app: Flask, settings: Settings) -> None:
         g.key_name = key.name
         if key.expires_at and key.expires_at <= datetime.now(UTC):
             g.refusal = "The API key has expired."
+            g.wrong_key = True
             return
         g.key = key
 
@@ -230,8 +230,8 @@ class KeyRing:
         try:
             self._stored = self._indexed(self._read().items())
             self._read_at = began_at
-        except (PositionsError, SQLAlchemyError) as error:
-            log.warning("api_keys_unreadable", reason=str(error).partition("\n")[0])
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next reading must be tried
+            log.warning("api_keys_unreadable", reason=f"{type(error).__name__}: {error}".partition("\n")[0])
         finally:
             with self._lock:
                 self._reading = None

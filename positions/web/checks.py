@@ -120,7 +120,8 @@ def answers(cache: str) -> bool:
             socket_connect_timeout=TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
         ) as client:
-            return bool(client.ping())
+            # One that answers but takes nothing, being full or read-only, is of no use.
+            return bool(client.set("positions:check", "1", ex=1))
     except redis.RedisError as error:
         log.warning("cache_unreachable", reason=type(error).__name__)
         return False

@@ -3,6 +3,7 @@
 Each module-level name that gunicorn knows is one of its settings.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -10,18 +11,35 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import structlog
 from gunicorn.http import wsgi
 
 from positions import log_config
-from positions.settings import SettingsError, load
+from positions.settings import PREFIX, Settings, SettingsError, load
 from positions.storage.database import bound_waits
 from positions.web import metrics
 from positions.web.auth import keys_of
 
+_KEYS = f"{PREFIX}API_KEYS"
+_keys = os.environ.get(_KEYS, "")
+
+
+def _read() -> Settings:
+    """Read the settings, and hand the keys of a file to the workers that are forked from now on.
+
+    Workers that read the file themselves could not boot once it is broken, and a worker that does not boot
+    ends the service.
+    """
+    settings = load({**os.environ, _KEYS: _keys})
+    keys_of(settings)
+    if _keys:
+        os.environ[_KEYS] = json.dumps([key.model_dump(mode="json") for key in settings.keys])
+    return settings
+
+
 try:
-    _settings = load()
     # Said once, here, and not by each worker that fails to boot.
-    keys_of(_settings)
+    _settings = _read()
 except SettingsError as error:
     sys.exit(f"positions: {error}")
 
@@ -43,9 +61,8 @@ threads = _settings.web_threads
 # open.
 worker_connections = 900
 
-# Each worker makes the application for itself, so that a reload (SIGHUP) reads the settings and the files
-# they name anew, and no connection or thread is ever inherited over a fork. The modules are imported
-# before the fork anyway, by this configuration: new code needs a restart.
+# Each worker makes the application for itself, so that no connection or thread is ever inherited over a fork.
+# The modules are imported before the fork anyway, by this configuration: new code needs a restart.
 preload_app = False
 
 # A worker whose main loop is stuck for this long is replaced. It does not bound a request: that is for
@@ -66,6 +83,10 @@ limit_request_field_size = 8190
 max_requests = 100_000
 max_requests_jitter = 10_000
 
+# Nobody before us writes variables of WSGI; who the client is, behind proxies, the application decides.
+forwarder_headers = ""
+forwarded_allow_ips = ""
+
 # The heartbeat is a file: on a disk that stalls, a healthy worker would be taken for stuck.
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - gunicorn makes its own file
 
@@ -85,11 +106,22 @@ def on_starting(server: Any) -> None:
     """Make the folder of the metrics, or empty it: what was counted before a restart is Prometheus's."""
     folder = os.environ.get(_METRICS)
     if not folder:
-        folder = os.environ[_METRICS] = tempfile.mkdtemp(prefix="positions-metrics-", dir=worker_tmp_dir)
+        # By address, so that what a kill -9 left is found and used again.
+        name = f"positions-metrics-{os.getuid()}-{_settings.port}"
+        folder = os.environ[_METRICS] = str(Path(worker_tmp_dir or tempfile.gettempdir()) / name)
         server.made_for_metrics = folder
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
     for file in Path(folder).glob("*.db"):
         file.unlink()
+
+
+def on_reload(server: Any) -> None:
+    """Read the keys' file anew; one that is broken leaves the keys as they are."""
+    del server
+    try:
+        _read()
+    except SettingsError as error:
+        structlog.get_logger(__name__).error("api_keys_unreadable", reason=str(error))
 
 
 def on_exit(server: Any) -> None:

@@ -11,6 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from positions.errors import Unavailable
 from positions.messages.outbound import Time, utc_text
 from positions.queries.health import Activity, activity, require_migrated
+from positions.storage import portfolio
 from positions.storage.database import answered_within, transaction
 from positions.web.auth import public
 from positions.web.checks import Queue
@@ -133,6 +134,8 @@ def ready() -> dict[str, str]:
     """
     with answered_within(DATABASE_S), transaction(resources().reads) as connection:
         require_migrated(connection)
+        # What every request asks for first.
+        portfolio.version(connection)
     return {"status": "ready"}
 
 

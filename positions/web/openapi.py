@@ -19,7 +19,10 @@ _DESCRIPTION = """\
 What do we hold, and what is it worth?
 
 Sizes, prices and money are plain strings, exact to the last digit; times are ISO 8601 UTC ending in `Z`.
-`X-Trace-Id` (or a W3C `traceparent`) is taken over where it is well-formed, made otherwise, and returned."""
+`X-Trace-Id` (or a W3C `traceparent`) is taken over where it is well-formed, made otherwise, and returned.
+
+Another method than those below is answered with 405 and `Allow`, another address with 404, both as problem
+documents. `Retry-After` and `RateLimit-*` come where they mean something."""
 
 
 class Problem(BaseModel):
@@ -49,7 +52,11 @@ _PROBLEMS = {
     401: ("No key, a wrong one, or one that has expired.", ("WWW-Authenticate",)),
     403: ("The key's role does not allow it.", ()),
     404: ("There is none.", ()),
-    409: ("Others kept changing the position under every try; or the message is refused again.", ()),
+    409: (
+        "Others kept changing the position under every try; or the message is refused again.",
+        ("Retry-After",),
+    ),
+    411: ("The body comes in chunks.", ()),
     413: ("The body is too large.", ()),
     415: ("The body does not say that it is JSON.", ()),
     429: ("Too many requests of this key, or too many wrong keys from this address.", ("Retry-After",)),
@@ -67,7 +74,7 @@ _HEADERS = {
     "WWW-Authenticate": ("string", "Where the key belongs."),
     "RateLimit-Limit": ("integer", "Requests a minute that this key may make."),
     "RateLimit-Remaining": ("integer", "How many of them are left now."),
-    "RateLimit-Reset": ("integer", "Seconds until all of them are there again."),
+    "RateLimit-Reset": ("integer", "Seconds until the first of those that count no longer does."),
 }
 TAGGED = {"x-tagged": True}
 """Of a view whose answers carry an `ETag`."""
@@ -117,7 +124,7 @@ def document(app: OpenAPI) -> dict[str, Any]:
     components["responses"] = {
         f"Problem{status}": {
             "description": text,
-            "headers": _headers("X-Trace-Id", *headers),
+            "headers": _headers("X-Trace-Id", *headers, *_LIMIT_HEADERS),
             "content": PROBLEM["content"],
         }
         for status, (text, headers) in _PROBLEMS.items()
@@ -161,7 +168,7 @@ def _complete(operation: dict[str, Any], method: str, path: str) -> None:
     if operation.pop("x-text", False):
         answers["200"]["content"]["text/plain"] = {"schema": {"type": "string"}}
     if method == "post":
-        expected |= {409, 413, 415}
+        expected |= {409, 411, 413, 415}
     if "{" in path:
         expected.add(404)
     for status, answer in answers.items():

@@ -207,11 +207,11 @@ def _body() -> MultiDict[str, Any] | None:
         BadParameters: it is no JSON object.
         UnsupportedMediaType: it does not say that it is JSON.
     """
-    if request.method == "GET" or not (request.content_length or request.headers.get("Transfer-Encoding")):
+    if request.method in {"GET", "HEAD"} or not request.content_length:
         return None
     try:
         members = request.get_json()
-    except BadRequest:
+    except (BadRequest, RecursionError):
         members = None
     if not isinstance(members, dict):
         raise BadParameters({"body": "must be a JSON object"})
@@ -230,7 +230,7 @@ def parsed(model: type[Parameters], given: MultiDict[str, Any]) -> tuple[Paramet
         faults: dict[str, str] = {}
         for each in error.errors():
             # Of what may be left out, the first fault is that of its own type.
-            faults.setdefault(str(each["loc"][0]), _fault(each))
+            faults.setdefault(str(each["loc"][0]) if each["loc"] else "body", _fault(each))
         return None, {**faults, **twice}
 
 

@@ -9,6 +9,7 @@ from typing import cast
 from flask import current_app
 from sqlalchemy import Engine, make_url
 
+from positions import __version__
 from positions.handlers.write_changes import Rules
 from positions.settings import Settings
 from positions.storage.database import Retry, connect
@@ -44,7 +45,12 @@ class Resources:
 def made_from(settings: Settings) -> Resources:
     """Return the resources that the settings describe."""
     engine = connect(
-        settings.database, pool_size=settings.web_threads, application=f"{settings.service_name}-web"
+        settings.database,
+        # Each thread's, and one for the keys and for who connects anew to read the version.
+        pool_size=settings.web_threads + 2,
+        # Only a change of the schema keeps a reader out; a thread that waits for it serves nobody else.
+        lock_timeout="1s",
+        application=f"{settings.service_name}-web",
     )
     return Resources(
         service_name=settings.service_name,
@@ -59,7 +65,7 @@ def made_from(settings: Settings) -> Resources:
         answers=LastAnswers(),
         metrics=MetricsCache(
             settings.redis,
-            prefix=f"{settings.service_name}:{_digest(settings.database)}",
+            prefix=f"{settings.service_name}:{_digest(settings)}",
             ttl_s=settings.metrics_cache_ttl,
             connections=settings.web_threads,
         ),
@@ -67,10 +73,15 @@ def made_from(settings: Settings) -> Resources:
     )
 
 
-def _digest(url: str) -> str:
-    """Return what tells databases apart, and nothing of the password."""
-    where = make_url(url).set(password=None).render_as_string()
-    return blake2b(where.encode(), digest_size=4).hexdigest()
+def _digest(settings: Settings) -> str:
+    """Return what tells apart whose figures may differ: by database, settings or release."""
+    told = (
+        make_url(settings.database).set(password=None).render_as_string(),
+        settings.portfolio_max_exposure_usdt,
+        settings.price_staleness_threshold,
+        __version__,
+    )
+    return blake2b(repr(told).encode(), digest_size=8).hexdigest()
 
 
 def resources() -> Resources:

@@ -1,10 +1,10 @@
 """gunicorn's threaded worker, with what it lacks: our answers to broken requests, and an end to slow clients.
 
 A client can hold a thread in three ways: by sending nothing, by sending slowly, and by not reading its
-answer. The first is left to the poller, which costs nothing; the other two end after `REQUEST_MAX_S`. That
-bounds what one client costs, not what many do: as many slow clients as there are threads still take them
-all, again and again. Only a proxy that reads whole requests and takes whole answers before it bothers a
-thread (nginx does so by default) keeps those away; see the notes on deployment.
+answer. The first is left to the poller, which costs nothing; the other two end after `HEAD_MAX_S` and
+`REQUEST_MAX_S`. That bounds what one client costs, not what many do: as many slow clients as there are
+threads still take them all, again and again. Only a proxy that reads whole requests and takes whole answers
+before it bothers a thread (nginx does so by default) keeps those away.
 """
 
 import logging
@@ -35,8 +35,10 @@ log = structlog.get_logger(__name__)
 
 FIRST_BYTE_S = 0.05
 """How long a thread waits for a new connection's first byte; then the poller does."""
+HEAD_MAX_S = 4.0
+"""How long a request's line and headers may take from the first byte on; they come in one packet mostly."""
 REQUEST_MAX_S = 20.0
-"""How long a request may take from its first byte to the last of its answer, or the connection is cut."""
+"""How long the rest may take, to the last byte of the answer, or the connection is cut."""
 
 # The first that fits; what is in the error's own text is the client's, and stays out.
 _MEANINGS: tuple[tuple[type[Exception], type[HTTPException], str], ...] = (
@@ -59,8 +61,8 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc] # gunicorn has no type
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._began: dict[Any, float] = {}
-        """Connections that a thread is at work for, and since when."""
+        self._ends: dict[Any, float] = {}
+        """Connections that a thread is at work for, and until when it may be."""
 
     def init_process(self) -> None:
         logging.getLogger("gunicorn.error").addFilter(_without_traceback_of_a_lost_client)
@@ -71,7 +73,7 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc] # gunicorn has no type
         # gunicorn has the thread wait five seconds: a handful of connections without a word would do.
         if not conn.initialized and not conn.data_ready and not conn.wait_for_data(FIRST_BYTE_S):
             return gthread._DEFER  # noqa: SLF001
-        self._began[conn] = time.monotonic()
+        self._ends[conn] = time.monotonic() + HEAD_MAX_S
         try:
             again = super().handle(conn)
             if not again:
@@ -79,7 +81,12 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc] # gunicorn has no type
                 conn.close(graceful=True)
             return again
         finally:
-            del self._began[conn]
+            del self._ends[conn]
+
+    def handle_request(self, req: Any, conn: Any) -> Any:
+        """Answer a request whose head is read; called in a thread."""
+        self._ends[conn] = time.monotonic() + REQUEST_MAX_S
+        return super().handle_request(req, conn)
 
     def finish_request(self, conn: Any, fs: Any) -> None:
         """Take a connection back from a thread; called in the main loop."""
@@ -99,8 +106,8 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc] # gunicorn has no type
         """Cut off who is too slow; called in the main loop, at least once a second."""
         super().murder_pending()
         now = time.monotonic()
-        for conn, began in list(self._began.items()):
-            if now - began > REQUEST_MAX_S:
+        for conn, end in list(self._ends.items()):
+            if now > end:
                 # The thread's read or write ends; it closes the socket itself.
                 with suppress(OSError):
                     conn.sock.shutdown(socket.SHUT_RDWR)

@@ -145,7 +145,7 @@ def test_there_are_so_many_keys_and_no_more_whoever_creates_them(engine: Engine)
     with ThreadPoolExecutor(1) as threads:
         with transaction(engine) as connection:
             api_keys.create(
-                connection, name="n", digest="d", role="read", requests_per_minute=None, expires_at=None
+                connection, name="n", digest="d" * 64, role="read", requests_per_minute=None, expires_at=None
             )
             other = threads.submit(one_more, 1)
             assert wait_until(lambda: other.done() or waits(), limit_s=10)

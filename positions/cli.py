@@ -150,9 +150,9 @@ def quarantine_replay(*, ids: tuple[int, ...], everything: bool) -> None:
     from sqlalchemy.exc import DataError
 
     from positions.handlers.replay_quarantine import replay_quarantine
+    from positions.handlers.write_changes import Rules
     from positions.storage import quarantine as store
     from positions.storage.database import Retry, in_transaction, transaction
-    from positions.tasks.events import rules
 
     if bool(ids) is everything:
         raise click.UsageError("name the messages, or give --all")
@@ -166,7 +166,11 @@ def quarantine_replay(*, ids: tuple[int, ...], everything: bool) -> None:
             outcome = in_transaction(
                 engine,
                 lambda connection, id_=id_: replay_quarantine(  # type: ignore[misc]
-                    connection, id_, rules=rules(own), max_bytes=own.message_max_bytes, now=datetime.now(UTC)
+                    connection,
+                    id_,
+                    rules=Rules.of(own),
+                    max_bytes=own.message_max_bytes,
+                    now=datetime.now(UTC),
                 ),
                 retry=Retry(),
             )
@@ -310,11 +314,11 @@ def rebuild(*, asset: str | None, repair: bool, as_json: bool) -> None:
 
     from positions.domain.numbers import plain
     from positions.handlers.rebuild_position import rebuild_position
+    from positions.handlers.write_changes import Rules
     from positions.storage import positions as store
     from positions.storage.database import transaction
-    from positions.tasks.events import rules
 
-    own = rules(settings.load())
+    own = Rules.of(settings.load())
     engine = _engine()
     snapshots = engine.execution_options(isolation_level="REPEATABLE READ")
     with transaction(engine) as connection:

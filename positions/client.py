@@ -187,7 +187,6 @@ class Break:
     theirs: Decimal
     first_seen_at: datetime
     last_seen_at: datetime
-    resolved_at: datetime | None
     resolution: str | None
     report_id: str | None
 
@@ -454,9 +453,17 @@ class Client:
             return None
         return _read(Position, answer)
 
-    def executions(self, asset: str, mode: str = "one-way", limit: int | None = None) -> Iterator[Execution]:
-        """Yield the ledger behind a position, asking for ``limit`` entries at a time."""
-        params = {"mode": mode, "limit": limit}
+    def executions(
+        self,
+        asset: str,
+        mode: str = "one-way",
+        limit: int | None = None,
+        *,
+        from_: datetime | None = None,
+        to: datetime | None = None,
+    ) -> Iterator[Execution]:
+        """Yield the ledger behind a position, the newest first, asking for ``limit`` entries at a time."""
+        params = {"mode": mode, "limit": limit, "from": from_, "to": to}
         return self._pages(_path(asset, "executions"), params, "executions", tuple[Execution, ...])
 
     def snapshots(
@@ -483,9 +490,11 @@ class Client:
         params = {"mode": mode, "fix_discrepancies": fix_discrepancies}
         return _read(Validation, self._ask("POST", _path(asset, "validate"), params))
 
-    def portfolio(self, asset: str | None = None, *, include_positions: bool = False) -> Portfolio:
-        """Return what all positions, or those in one asset, add up to."""
-        params = {"asset": asset, "include_positions": include_positions}
+    def portfolio(
+        self, asset: str | None = None, *, include_positions: bool = False, as_of: datetime | None = None
+    ) -> Portfolio:
+        """Return what all positions, or those in one asset, add up to, or did at the moment ``as_of``."""
+        params = {"asset": asset, "include_positions": include_positions, "as_of": as_of}
         return _read(Portfolio, self._ask("GET", "/api/v1/portfolio", params))
 
     def exposure(self) -> Exposure:

@@ -262,11 +262,6 @@ def states_around(
     return found
 
 
-def newest_before(connection: Connection, position_id: str, at: datetime) -> Kept | None:
-    """Return the newest snapshot of a position that is of ``at`` or of a moment before it."""
-    return next(iter(listed(connection, position_id, limit=1, to=at)), None)
-
-
 def _attached(connection: Connection, name: str) -> bool:
     statement = """
         SELECT EXISTS (

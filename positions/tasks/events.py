@@ -14,7 +14,6 @@ from positions.errors import ConcurrencyConflict, DeepRefold, InvalidEvent, Posi
 from positions.handlers.apply_events import apply_events
 from positions.handlers.write_changes import Rules
 from positions.messages import inbound
-from positions.settings import Settings
 from positions.storage.database import in_transaction
 from positions.storage.quarantine import Refused
 from positions.tasks import resources
@@ -104,7 +103,7 @@ def _apply(
         outcome = in_transaction(
             own.engine,
             lambda connection: apply_events(
-                connection, events, refused, rules=rules(own.settings), now=datetime.now(UTC)
+                connection, events, refused, rules=Rules.of(own.settings), now=datetime.now(UTC)
             ),
             retry=own.retry,
         )
@@ -115,11 +114,6 @@ def _apply(
             _apply(own, [each for each in events if each.position == key], [], counts)
     else:
         counts.update(outcome.counts)
-
-
-def rules(settings: Settings) -> Rules:
-    """Return what the handler needs of the settings."""
-    return Rules.of(settings)
 
 
 def _decoded(message: RawMessage, max_bytes: int, park: str | None) -> inbound.Decoded:

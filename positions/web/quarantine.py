@@ -118,7 +118,7 @@ def replay(path: OfMessage) -> Response:
                 connection,
                 path.id,
                 rules=own.rules,
-                max_bytes=own.settings.message_max_bytes,
+                max_bytes=own.message_max_bytes,
                 now=datetime.now(UTC),
             ),
             retry=own.retry,

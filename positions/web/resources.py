@@ -26,8 +26,9 @@ class Resources:
     """Nothing is connected before its first use, so that it may be made before a fork."""
 
     service_name: str
-    settings: Settings
     rules: Rules
+    message_max_bytes: int
+    """Of a message that is replayed."""
     retry: Retry
     """Of what writes."""
     stale_after: timedelta
@@ -54,8 +55,8 @@ def made_from(settings: Settings) -> Resources:
     )
     return Resources(
         service_name=settings.service_name,
-        settings=settings,
         rules=Rules.of(settings),
+        message_max_bytes=settings.message_max_bytes,
         retry=Retry(retries=settings.optimistic_lock_retries, base_ms=settings.optimistic_lock_backoff_base),
         stale_after=timedelta(seconds=settings.price_staleness_threshold),
         max_exposure=settings.portfolio_max_exposure_usdt,

@@ -344,7 +344,6 @@ BREAK = {
     "theirs": "2",
     "first_seen_at": AT_TEXT,
     "last_seen_at": AT_TEXT,
-    "resolved_at": None,
     "resolution": None,
     "report_id": "r",
 }
@@ -355,7 +354,6 @@ READ_BREAK = Break(
     theirs=Decimal(2),
     first_seen_at=AT,
     last_seen_at=AT,
-    resolved_at=None,
     resolution=None,
     report_id="r",
 )

@@ -60,15 +60,15 @@ def _number(text: str) -> Decimal:
     raise ValueError("must be a decimal number with at most 20 integer digits and 18 decimals")
 
 
-def whole(least: int, most: int) -> Callable[[str], int]:
-    """Return what reads a whole number from ``least`` to ``most``."""
+def between(least: int, most: int) -> tuple[PlainValidator, WithJsonSchema]:
+    """Return how a whole number from ``least`` to ``most`` is read and described."""
 
-    def read(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,20}", text) or not least <= int(text) <= most:
+    def parse(given: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,20}", given) or not least <= int(given) <= most:
             raise ValueError(f"must be a whole number from {least} to {most}")
-        return int(text)
+        return int(given)
 
-    return read
+    return text(parse), WithJsonSchema({"type": "integer", "minimum": least, "maximum": most})
 
 
 def _flag(text: str) -> bool:
@@ -127,11 +127,7 @@ Number = Annotated[
     # Other spellings are read too, such as those of Python's Decimal.
     WithJsonSchema({"type": "string", "pattern": r"^-?[0-9]{1,20}(\.[0-9]{1,18})?$"}),
 ]
-Limit = Annotated[
-    int,
-    text(whole(1, PAGE_MAX)),
-    WithJsonSchema({"type": "integer", "minimum": 1, "maximum": PAGE_MAX}),
-]
+Limit = Annotated[int, *between(1, PAGE_MAX)]
 Flag = Annotated[bool, text(_flag), WithJsonSchema({"type": "string", "enum": list(_FLAGS)})]
 Moment = Annotated[
     datetime,

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 from flask import Response, jsonify
-from pydantic import BaseModel, WithJsonSchema
+from pydantic import BaseModel
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy.exc import DataError
 
@@ -16,7 +16,7 @@ from positions.storage.database import in_transaction, transaction
 from positions.storage.quarantine import Kept
 from positions.web.auth import needs_operate
 from positions.web.openapi import api
-from positions.web.parameters import Flag, Parameters, checked, cursor, cursor_of, text, whole
+from positions.web.parameters import Flag, Parameters, between, checked, cursor, cursor_of
 from positions.web.resources import resources
 
 blueprint = api("quarantine")
@@ -24,20 +24,14 @@ blueprint = api("quarantine")
 PAGE_MAX = 100
 ID_MAX = 2**62
 
-Id = Annotated[
-    int, text(whole(1, ID_MAX)), WithJsonSchema({"type": "integer", "minimum": 1, "maximum": ID_MAX})
-]
+Id = Annotated[int, *between(1, ID_MAX)]
 IdCursor = Annotated[int, *cursor(r"([1-9][0-9]{0,17})", int)]
 
 
 class Wanted(Parameters):
     """Which messages."""
 
-    limit: Annotated[
-        int,
-        text(whole(1, PAGE_MAX)),
-        WithJsonSchema({"type": "integer", "minimum": 1, "maximum": PAGE_MAX}),
-    ] = 50
+    limit: Annotated[int, *between(1, PAGE_MAX)] = 50
     cursor: IdCursor | SkipJsonSchema[None] = None
     replayed: Flag = False
     """Those that were replayed too."""

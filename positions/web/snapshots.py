@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Annotated
 
 from flask import Response, g, jsonify
-from pydantic import BaseModel, Field, RootModel, WithJsonSchema
+from pydantic import BaseModel, Field, RootModel
 from pydantic.json_schema import SkipJsonSchema
 
 from positions.domain.events import PositionKey
@@ -16,7 +16,7 @@ from positions.queries.history import POINTS_MAX, equity_curve
 from positions.queries.snapshots import snapshots
 from positions.storage.database import in_transaction, transaction
 from positions.web.openapi import OF_BODY, api
-from positions.web.parameters import Limit, Moment, OfAsset, OfMode, Parameters, checked, text, whole
+from positions.web.parameters import Limit, Moment, OfAsset, OfMode, Parameters, between, checked
 from positions.web.resources import resources
 
 blueprint = api("snapshots")
@@ -33,11 +33,7 @@ class Wanted(OfMode):
 
     limit: Limit = 100
     """Most snapshots to return."""
-    offset: Annotated[
-        int,
-        text(whole(0, OFFSET_MAX)),
-        WithJsonSchema({"type": "integer", "minimum": 0, "maximum": OFFSET_MAX}),
-    ] = 0
+    offset: Annotated[int, *between(0, OFFSET_MAX)] = 0
     """So many of the newest are left out."""
     from_: Moment | SkipJsonSchema[None] = Field(None, alias="from")
     """Only of this moment and later."""
@@ -52,11 +48,7 @@ class Curve(Parameters):
     """The first point; a week before `to` if not given."""
     to: Moment | SkipJsonSchema[None] = None
     """The last point is of this moment or before; now if not given."""
-    interval: Annotated[
-        int,
-        text(whole(1, INTERVAL_MAX_S)),
-        WithJsonSchema({"type": "integer", "minimum": 1, "maximum": INTERVAL_MAX_S}),
-    ] = 3600
+    interval: Annotated[int, *between(1, INTERVAL_MAX_S)] = 3600
     """Seconds between two points, or as many more as it takes to have no more than a thousand."""
 
 

@@ -24,7 +24,6 @@ from structlog.testing import capture_logs
 from positions.errors import Unavailable
 from positions.queries.portfolio import portfolio
 from positions.storage import metrics_cache
-from positions.storage import portfolio as stored_portfolio
 from positions.storage.database import transaction
 from positions.storage.metrics_cache import MetricsCache
 from positions.storage.portfolio import Versions
@@ -51,6 +50,11 @@ def finish(threads: list[threading.Thread]) -> None:
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
+
+
+def advance(connection: Connection) -> None:
+    """Change the portfolio's version and no figure."""
+    connection.exec_driver_sql("UPDATE positions SET version = version WHERE false")
 
 
 def made(version: int) -> dict[str, bytes]:
@@ -88,7 +92,7 @@ class Caches:
         return outcome
 
     def key(self, version: int) -> str:
-        return f"{PREFIX}:portfolio:{version}"
+        return f"{PREFIX}:portfolio::{version}"
 
     def asked(self) -> int:
         """Return how often Redis was asked for figures."""
@@ -177,15 +181,15 @@ def test_lock_of_one_that_computes_ends_by_itself(caches: Caches) -> None:
 
 
 def test_figures_of_another_version_are_not_served(caches: Caches) -> None:
-    cache = caches.new()
     for version in (7, 8, 6):
-        assert caches.ask(cache, version) == "miss"
-        assert caches.ask(cache, version, "pnl") == "hit"
+        assert caches.ask(caches.new(), version) == "miss"
+        assert caches.ask(caches.new(), version, "pnl") == "hit"
+    assert caches.new().get(7, "pnl", lambda: caches.make(7), era="other")[2] == "miss"
     # Not even under the very key.
     caches.client.rename(caches.key(8), caches.key(9))
     for version in (9, 8):
-        assert caches.ask(cache, version) == "miss"
-        assert caches.ask(cache, version) == "hit"
+        assert caches.ask(caches.new(), version) == "miss"
+        assert caches.ask(caches.new(), version) == "hit"
 
 
 RUBBISH: Mapping[str, Callable[[bytes], bytes]] = {
@@ -247,6 +251,7 @@ def slow(port: int, delay_s: Callable[[], float]) -> Iterator[int]:
                 while True:
                     client = connections.enter_context(listener.accept()[0])
                     server = connections.enter_context(socket.create_connection(("127.0.0.1", port)))
+                    sockets.extend((client, server))
                     threads.extend(
                         together(
                             lambda a=client, b=server: pass_on(a, b, lambda: 0),  # type: ignore[misc]
@@ -254,13 +259,17 @@ def slow(port: int, delay_s: Callable[[], float]) -> Iterator[int]:
                         )
                     )
 
+        sockets: list[socket.socket] = []
         threads: list[threading.Thread] = []
         threads += together(accept)
         yield listener.getsockname()[1]
         closing_down.set()
         listener.shutdown(socket.SHUT_RDWR)
-        threads[0].join(30)
-        connections.close()
+        finish(threads[:1])
+        # Not closed before their threads have ended: one that is being read would not even say goodbye.
+        for each in sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
         finish(threads)
 
 
@@ -441,7 +450,7 @@ def test_when_it_was_calculated_is_no_change(apps: list[Flask], engine: Engine) 
     before = client.get("/api/v1/portfolio")
     # Something changed that the figures do not show.
     with transaction(engine) as connection:
-        stored_portfolio.advance(connection)
+        advance(connection)
     tag = before.headers["ETag"]
     assert client.get("/api/v1/portfolio", headers={"If-None-Match": tag}).status_code == 304
     after = client.get("/api/v1/portfolio")
@@ -534,7 +543,7 @@ class Commits:
         with self._lock:
             self.begun += 1
         with self._engine.begin() as connection:
-            stored_portfolio.advance(connection)
+            advance(connection)
         with self._lock:
             self.done += 1
 
@@ -578,6 +587,41 @@ def test_nobody_is_told_a_version_older_than_its_question(engine: Engine, versio
     assert versions() == commits.base + commits.done
 
 
+def test_requests_share_the_next_reading_and_never_one_under_way(
+    engine: Engine, versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = versions()
+    read, go_on = threading.Event(), threading.Event()
+    readings: list[int] = []
+
+    def ask() -> int:
+        readings.append(real())
+        if len(readings) == 1:
+            read.set()
+            assert go_on.wait(60)
+        return readings[-1]
+
+    real = versions._ask
+    monkeypatch.setattr(versions, "_ask", ask)
+    first: list[int] = []
+    later: list[int] = []
+    threads = together(lambda: first.append(versions()))
+    assert read.wait(60)
+    with transaction(engine) as connection:
+        advance(connection)
+    threads += together(*[lambda: later.append(versions())] * 8)
+
+    def waiting() -> bool:
+        frames = sys._current_frames()
+        return all(frames[thread.ident or 0].f_code is Versions.__call__.__code__ for thread in threads[1:])
+
+    assert wait_until(waiting, limit_s=30)
+    go_on.set()
+    finish(threads)
+    assert (first, later) == ([before], [before + 1] * 8)
+    assert readings == [before, before + 1]
+
+
 def test_lost_connection_is_not_noticed(engine: Engine, versions: Versions) -> None:
     ended: set[int] = set()
 
@@ -608,7 +652,7 @@ def test_version_is_unavailable_with_the_database_and_no_longer(
     assert versions() == before
     engine.dispose()
     with transaction(engine) as connection:
-        stored_portfolio.advance(connection)
+        advance(connection)
     assert versions() == before + 1
 
 

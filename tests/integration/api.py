@@ -18,8 +18,9 @@ from sqlalchemy import create_engine, insert
 from werkzeug.test import TestResponse
 
 from positions.settings import load
-from positions.storage import portfolio, tables
+from positions.storage import tables
 from positions.web import create_app, resources
+from tests.integration.support import changed
 from tests.services import Port, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +67,7 @@ def store(database: str, *rows: dict[str, Any]) -> None:
     with engine.begin() as connection:
         for row in rows:
             connection.execute(insert(tables.positions).values(row))
-        portfolio.advance(connection)
+        changed(connection)
     engine.dispose()
 
 

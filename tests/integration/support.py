@@ -11,7 +11,7 @@ from typing import Any
 
 import amqp
 from kombu.utils.url import parse_url
-from sqlalchemy import Engine, select
+from sqlalchemy import Connection, Engine, select
 
 from positions.domain.events import Event, PositionKey
 from positions.domain.figures import Figures, figures
@@ -117,6 +117,11 @@ def assert_positions_are_the_fold_of_the_ledger(engine: Engine) -> None:
     for key, found in expected.items():
         for name in ("size", "average_entry_price", "realized_pnl", "realized_gross", "fees_paid"):
             assert rows[key][name] == getattr(found, name), (key, name)
+
+
+def changed(connection: Connection) -> None:
+    """Let what was written past the service count as a change, as an UPDATE of any position does."""
+    connection.exec_driver_sql("UPDATE positions SET version = version WHERE false")
 
 
 def channel_of(url: str) -> amqp.Connection:

@@ -237,6 +237,9 @@ def test_without_the_database_neighbours_are_told_so_and_recover_by_themselves(
         marks = len(model.beliefs), len(risk.beliefs)
         postgres.kill()
         try:
+            # At once, not when what is kept somewhere has become old.
+            for _ in range(10):
+                assert service.get("/api/v1/portfolio/exposure").status_code == 503
             risk.comes_to_believe("exposure", UNAVAILABLE)
             for of in ("XRPUSDT", "NONE"):
                 model.comes_to_believe(of, UNAVAILABLE)

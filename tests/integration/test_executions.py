@@ -93,7 +93,7 @@ def test_a_report_without_a_time_of_its_own_is_shown_as_such(engine: Engine) -> 
     apply(engine, [{"event_type": "position", "data": data}])
     assert {(entry.kind, entry.time_source) for (*page,) in paged(engine) for entry in page} == {
         ("report", "arrival"),
-        ("adjustment", "event"),
+        ("adjustment", "arrival"),
     }
 
 

@@ -2,12 +2,15 @@
 
 Run as `python -m benchmarks.api`; it needs `wrk`. Starts a PostgreSQL and a Redis of its own, fills in
 positions through the handler that the worker uses, and asks the API as it is deployed, with keys and limits
-on. `--changing` commits a change every so many milliseconds meanwhile, so that no answer holds for long.
+on. How many connections each worker gets is up to chance, and one that has them all halves the rate: the
+processor time that the web's workers take for a request does not depend on it, and is what is compared.
+`--changing` commits a change every so many milliseconds meanwhile, so that no answer holds for long.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import statistics
 import subprocess
@@ -44,10 +47,26 @@ class Measured:
     rate: float
     p50_ms: float
     p99_ms: float
+    cpu_us: float
+    """Processor time of all the workers a request, in microseconds."""
+
+
+def worked_s() -> float:
+    """Return the processor time that the workers of all web servers here have used, in seconds."""
+    masters = Path("/proc/self/task").glob("*/children")
+    pids = [int(pid) for file in masters for pid in file.read_text().split()]
+    workers = [each for pid in pids for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    ticks = 0
+    for pid in workers:
+        _, _, figures = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+        if "gunicorn" in Path(f"/proc/{pid}/cmdline").read_text():
+            ticks += sum(map(int, figures.split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def load(url: str, *, seconds: int, connections: int) -> Measured:
     """Return how an address does under load; anything but 2xx ends the benchmark."""
+    before = worked_s()
     done = subprocess.run(
         ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-H", f"X-API-Key: {API_KEY}", url],
         capture_output=True,
@@ -57,7 +76,9 @@ def load(url: str, *, seconds: int, connections: int) -> Measured:
     if "Non-2xx" in done or "Socket errors" in done:
         raise SystemExit(f"{url}:\n{done}")
     found = dict(re.findall(r"(50%|99%|Requests/sec:)\s+([\d.]+(?:us|ms|s)?)", done))
-    return Measured(float(found["Requests/sec:"]), _ms(found["50%"]), _ms(found["99%"]))
+    requests = int(re.findall(r"(\d+) requests in", done)[0])
+    cpu_us = (worked_s() - before) / requests * 1e6
+    return Measured(float(found["Requests/sec:"]), _ms(found["50%"]), _ms(found["99%"]), cpu_us)
 
 
 def _ms(text: str) -> float:
@@ -144,14 +165,15 @@ def main() -> None:
     print(
         f"{given.positions} positions, {given.connections} connections, median of {given.runs} runs{changes}"
     )
-    ceiling = statistics.median(run[CEILING].rate for run in runs)
+    ceiling = statistics.median(run[CEILING].cpu_us for run in runs)
     for name in addresses:
-        rate, p50, p99 = (
+        rate, p50, p99, cpu = (
             statistics.median(getattr(run[name], figure) for run in runs)
-            for figure in ("rate", "p50_ms", "p99_ms")
+            for figure in ("rate", "p50_ms", "p99_ms", "cpu_us")
         )
         print(
-            f"{name:32} {rate:8.0f} requests/s  p50 {p50:7.2f} ms  p99 {p99:7.2f} ms  {rate / ceiling:5.0%}"
+            f"{name:30} {rate:6.0f} requests/s  p50 {p50:6.2f} ms  p99 {p99:7.2f} ms"
+            f"  {cpu:5.0f} us of processor time, {ceiling / cpu:4.0%} of the ceiling"
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from gunicorn import glogging
 from gunicorn.http import wsgi
 
 from positions import log_config
@@ -90,7 +91,16 @@ forwarded_allow_ips = ""
 # The heartbeat is a file: on a disk that stalls, a healthy worker would be taken for stuck.
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - gunicorn makes its own file
 
-# Its own lines in our format; of each request the application writes one, with its trace id.
+
+class Logger(glogging.Logger):  # type: ignore[misc] # gunicorn has no types
+    """gunicorn's, without the line of each request that it would put together for nobody."""
+
+    def access(self, *_: Any) -> None:
+        """Leave it to the application, whose line has the trace id."""
+
+
+logger_class = Logger
+# Its own lines in our format.
 logconfig_dict = log_config.dict_config(_settings)
 loglevel = _settings.log_level.lower()
 

@@ -99,7 +99,8 @@ def init(app: Flask, settings: Settings) -> None:
 
     @app.after_request
     def show(response: Response) -> Response:
-        if (limit := limiter.current_limit) is not None:
+        limit = g.get("limit") or limiter.current_limit
+        if limit is not None:
             remaining, reset_s = _window(limit)
             headers = response.headers
             headers["RateLimit-Limit"] = str(limit.limit.amount)
@@ -190,7 +191,7 @@ class _Limiter(Limiter):
             return
         item, names = _per_minute(_amount()), [_whose(), _SCOPE]
         passed = self.limiter.hit(item, *names)
-        self.context.view_rate_limit = RequestLimit(self, item, names, not passed, False)
+        g.limit = RequestLimit(self, item, names, not passed, False)
         if not passed:
             raise RateLimitExceeded(RuntimeLimit(item, _whose, None))
 

@@ -87,17 +87,23 @@ def _counted() -> _Counted:
 
 def request_served(method: str, route: str | None, status: int, seconds: float) -> None:
     """Count a request; ``route`` is the pattern it matched, None where it matched none."""
-    _counted().requests.labels(
-        # What a client makes up must not become a series each.
-        method if method in _METHODS else "other",
-        route or "unknown",
-        status,
-    ).observe(seconds)
+    # What a client makes up must not become a series each.
+    _requests(method if method in _METHODS else "other", route or "unknown", status).observe(seconds)
+
+
+@cache
+def _requests(method: str, route: str, status: int) -> Histogram:
+    return _counted().requests.labels(method, route, status)
 
 
 def cache_outcome(outcome: str) -> None:
     """Count a lookup of the portfolio's figures: `hit`, `miss` or `unavailable`."""
-    _counted().lookups.labels(outcome).inc()
+    _lookups(outcome).inc()
+
+
+@cache
+def _lookups(outcome: str) -> Counter:
+    return _counted().lookups.labels(outcome)
 
 
 def validated(outcome: str) -> None:

@@ -183,7 +183,7 @@ def _with_reports(state: State, reports: Sequence[Report], outcome: Outcome) -> 
 def _adjustments(key: PositionKey, stored: Stored, after: State) -> list[Entry]:
     """Return the ledger entries for sizes newly taken over from the venue, as a trail: no fold reads them."""
     made = []
-    sources = {(report.id, report.leg): report.time_source for report in after.reports}
+    reports = {(report.id, report.leg): report for report in after.reports}
     for leg, held in after.held.items():
         # What an older service had is taken over with the first change.
         before = empty(key).held[leg] if stored.adopted else stored.state.held[leg]
@@ -193,6 +193,7 @@ def _adjustments(key: PositionKey, stored: Stored, after: State) -> list[Entry]:
         change = taken.size - before.leg.size
         if not change:
             continue
+        report = reports.get((taken.report_id, leg))
         made.append(
             Entry(
                 key=f"adjustment:{taken.report_id}:{leg}",
@@ -202,7 +203,8 @@ def _adjustments(key: PositionKey, stored: Stored, after: State) -> list[Entry]:
                 quantity=change,
                 price=taken.average or (after.mark.price if after.mark else ZERO),
                 executed_at=taken.at,
-                time_source=sources.get((taken.report_id, leg), TimeSource.EVENT),
+                time_source=report.time_source if report else TimeSource.EVENT,
+                trace_id=report.trace_id if report else "",
                 exec_type="Takeover",
                 size_after=taken.size,
             )

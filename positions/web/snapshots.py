@@ -45,9 +45,9 @@ class Curve(Parameters):
     """From when to when, and how fine."""
 
     from_: Moment | SkipJsonSchema[None] = Field(None, alias="from")
-    """The first point; a week before `to` if not given."""
+    """No point is before it; a week before `to` if not given."""
     to: Moment | SkipJsonSchema[None] = None
-    """The last point is of this moment or before; now if not given."""
+    """The last point; now if not given, or if it is still to come."""
     interval: Annotated[int, *between(1, INTERVAL_MAX_S)] = 3600
     """Seconds between two points, or as many more as it takes to have no more than a thousand."""
 
@@ -119,14 +119,17 @@ def listed(path: OfAsset, query: Wanted) -> Response:
 @checked
 def history(query: Curve) -> Response:
     """Tell what the portfolio was worth, point by point: the newest snapshot of each position until then."""
-    to = query.to or datetime.now(UTC)
+    now = datetime.now(UTC)
+    to = min(query.to or now, now)
     from_ = query.from_ or max(to, _BEGINNING + WEEK) - WEEK
     points: tuple[EquityPoint, ...] = ()
     interval = query.interval
     if from_ <= to:
         interval = max(interval, math.ceil((to - from_) / SECOND / (POINTS_MAX - 1)))
+        # The last point is the newest, whatever the interval.
+        first = to - (to - from_) // (interval * SECOND) * interval * SECOND
         with transaction(resources().reads) as connection:
-            points = equity_curve(connection, from_=from_, to=to, interval=interval * SECOND)
+            points = equity_curve(connection, from_=first, to=to, interval=interval * SECOND)
     return jsonify(
         points=[equity_object(each) for each in points], count=len(points), interval_seconds=interval
     )

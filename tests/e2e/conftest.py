@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import requests
 
-from tests.integration.processes import API_KEY, environment, relay, web, worker
+from tests.integration.api import KEY
+from tests.integration.processes import environment, relay, web, worker
 from tests.integration.support import POSITION_QUEUE, channel_of
 from tests.services import wait_until
 
@@ -21,7 +22,7 @@ class Service:
     broker: str
 
     def get(self, path: str) -> requests.Response:
-        return requests.get(f"{self.address}{path}", headers={"X-API-Key": API_KEY}, timeout=10)
+        return requests.get(f"{self.address}{path}", headers={"X-API-Key": KEY}, timeout=10)
 
     def position(self, asset: str, **expected: str) -> dict[str, Any]:
         """Return the position once it shows what is expected."""

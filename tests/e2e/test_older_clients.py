@@ -20,7 +20,8 @@ import pytest
 from positions.messages.published import queue_of
 from tests.conftest import Databases
 from tests.e2e.conftest import Service
-from tests.integration.processes import API_KEY, environment, relay, web, worker
+from tests.integration.api import KEY
+from tests.integration.processes import environment, relay, web, worker
 from tests.integration.support import EXECUTION_QUEUE, POSITION_QUEUE, channel_of, execution, publish
 from tests.services import PostgreSQL, RabbitMQ, Redis, wait_until
 
@@ -108,8 +109,8 @@ class Client:
 @contextmanager
 def neighbours(service: Service, folder: Path, *wanted: str) -> Iterator[tuple[Client, Client]]:
     with (
-        closing(Client("model_service.py", folder, service.address, API_KEY, *wanted)) as model,
-        closing(Client("risk_manager.py", folder, service.address, API_KEY)) as risk,
+        closing(Client("model_service.py", folder, service.address, KEY, *wanted)) as model,
+        closing(Client("risk_manager.py", folder, service.address, KEY)) as risk,
     ):
         yield model, risk
 

@@ -10,10 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.services import Port, wait_until
-
-ROOT = Path(__file__).resolve().parents[2]
-API_KEY = "test-key"
+from tests.integration.api import ROOT, environ, served
+from tests.services import wait_until
 
 
 def environment(database_url: str, broker_url: str, redis_url: str, **settings: str) -> dict[str, str]:
@@ -23,11 +21,7 @@ def environment(database_url: str, broker_url: str, redis_url: str, **settings: 
     }
     return {
         **inherited,
-        "POSITION_MANAGER_DATABASE_URL": database_url,
-        "POSITION_MANAGER_BROKER_URL": broker_url,
-        "POSITION_MANAGER_REDIS_URL": redis_url,
-        "POSITION_MANAGER_API_KEY": API_KEY,
-        "POSITION_MANAGER_HOST": "127.0.0.1",
+        **environ(database_url, broker_url, redis_url),
         "POSITION_MANAGER_LOG_FORMAT": "json",
         "PYTHONPATH": str(ROOT),
         **{f"POSITION_MANAGER_{name.upper()}": value for name, value in settings.items()},
@@ -114,17 +108,7 @@ def relay(env: Mapping[str, str], folder: Path) -> Iterator[Process]:
 
 
 @contextmanager
-def web(env: Mapping[str, str], folder: Path, *, app: str = "positions.web:create_app()") -> Iterator[str]:
-    """Run the REST API, or another application as it is run, and yield its address."""
-    port = Port()
-    process = Process(
-        ["gunicorn", "-c", "python:positions.web.gunicorn_conf", app],
-        {**env, "POSITION_MANAGER_PORT": str(port.number)},
-        folder / "web.log",
-    )
-    try:
-        process.await_log("Listening at")
-        yield f"http://127.0.0.1:{port.number}"
-    finally:
-        process.kill()
-        port.close()
+def web(env: Mapping[str, str], folder: Path) -> Iterator[str]:
+    """Run the REST API, and yield its address."""
+    with served(folder, env) as api:
+        yield f"http://127.0.0.1:{api.port}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import requests
+from flask import Flask
 from sqlalchemy import Engine
 from werkzeug.serving import make_server
 
@@ -26,28 +27,19 @@ from positions.client import (
     Unauthorized,
     Unavailable,
 )
-from positions.settings import load
 from positions.storage import quarantine
 from positions.storage.database import transaction
 from positions.storage.quarantine import Refused
-from positions.web import create_app, resources
+from tests.integration.api import Make
 from tests.integration.support import EXECUTION_QUEUE, apply, execution, executions, stored
 from tests.services import PostgreSQL
 
 KEY = "schlüssel"
-NOWHERE = "127.0.0.1:1"
 
 
 @contextmanager
-def _served(database: str) -> Iterator[str]:
+def _served(app: Flask) -> Iterator[str]:
     """Serve the API, and yield its address."""
-    environ = {
-        "POSITION_MANAGER_API_KEY": KEY,
-        "POSITION_MANAGER_DATABASE_URL": database,
-        "POSITION_MANAGER_BROKER_URL": f"amqp://{NOWHERE}//",
-        "POSITION_MANAGER_REDIS_URL": f"redis://{NOWHERE}/0",
-    }
-    app = create_app(load(environ))
     server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -57,12 +49,11 @@ def _served(database: str) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
-        app.extensions[resources.NAME].engine.dispose()
 
 
 @pytest.fixture
-def address(database_url: str) -> Iterator[str]:
-    with _served(database_url) as address:
+def address(make_app: Make, database_url: str) -> Iterator[str]:
+    with _served(make_app(database_url, POSITION_MANAGER_API_KEY=KEY)) as address:
         yield address
 
 
@@ -179,8 +170,8 @@ def test_what_stands_behind_a_position_is_read(client: Client, engine: Engine) -
     assert client.snapshots("BTCUSDT", to=taken.created_at) == [taken]
     validation = client.validate("BTCUSDT", fix_discrepancies=False)
     assert (validation.is_valid, validation.breaks) == (True, ())
-    curve = client.history(taken.created_at, taken.created_at + timedelta(minutes=1), 30)
-    assert [each.total_realized_pnl_usdt for each in curve.points] == [0, 0, 0]
+    curve = client.history(taken.created_at - timedelta(minutes=1), interval=30)
+    assert [each.total_realized_pnl_usdt for each in curve.points] == [0]
     assert curve.interval_seconds == 30
 
 
@@ -212,10 +203,10 @@ def test_refusal_names_what_is_wrong_and_the_call(client: Client) -> None:
 
 
 def test_service_without_its_database_is_unavailable_until_it_is_back(
-    database_url: str, postgres: PostgreSQL
+    address: str, postgres: PostgreSQL
 ) -> None:
     # It says to come back in five seconds: longer than this client waits.
-    with _served(database_url) as address, Client(address, KEY, max_wait_s=1) as client:
+    with Client(address, KEY, max_wait_s=1) as client:
         assert client.position("BTCUSDT") is None
         postgres.kill()
         with pytest.raises(Unavailable) as caught:

@@ -90,7 +90,8 @@ def test_every_kind_of_entry_is_shown_with_all_that_is_known_of_it(engine: Engin
 
 def test_a_report_without_a_time_of_its_own_is_shown_as_such(engine: Engine) -> None:
     data = {"symbol": "BTCUSDT", "side": "Buy", "size": "2", "avgPrice": "105"}
-    apply(engine, [{"event_type": "position", "data": data}])
+    apply(engine, [{"event_type": "position", "data": data, "trace_id": "t-1"}])
+    assert {entry.trace_id for (*page,) in paged(engine) for entry in page} == {"t-1"}
     assert {(entry.kind, entry.time_source) for (*page,) in paged(engine) for entry in page} == {
         ("report", "arrival"),
         ("adjustment", "arrival"),

@@ -197,18 +197,22 @@ def test_window_slides(redis_url: str) -> None:
         hit()
         began = seen[0][1]
         assert wait_until(lambda: time.monotonic() > began + 0.8, limit_s=5)
+        enough = threading.Event()
 
         def ask() -> None:
-            while time.monotonic() < began + 3.2:
+            while not enough.is_set():
                 hit()
 
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            assert wait_until(lambda: sum(ok for _, _, ok in seen) > 3 * limit.amount, limit_s=60)
+        finally:
+            enough.set()
+            for thread in threads:
+                thread.join()
     passed = sorted((before, after) for before, after, ok in seen if ok)
-    assert len(passed) > 2 * limit.amount
     for (before, _), (_, after) in zip(passed, passed[limit.amount :], strict=False):
         assert after - before >= 1
     for before, after, ok in seen:
@@ -312,7 +316,11 @@ def test_with_redis_killed_the_same_limit_holds_and_it_is_used_again_once_back(
     redis_server.kill()
     del asked[:]
     response = client.get(PATH)
-    assert (response.status_code, headers(response)) == (404, ("50", "49", "60", None))
+    assert response.status_code == 404
+    *shown, reset, retry_after = headers(response)
+    assert (shown, retry_after) == (["50", "49"], None)
+    assert reset is not None
+    assert 1 <= int(reset) <= 60
     assert statuses(client, 59) == {404: 49, 429: 10}
     response = client.get(PATH)
     assert response.status_code == 429
@@ -411,7 +419,10 @@ def test_redis_killed_while_a_request_is_served_does_not_spoil_its_answer(
     app.add_url_rule("/kill", view_func=view)
     response = client.get("/kill")
     assert (response.status_code, response.get_json()) == (200, {"name": "default"})
-    assert headers(response) == ("30", "29", "60", None)
+    *shown, reset, retry_after = headers(response)
+    assert (shown, retry_after) == (["30", "29"], None)
+    assert reset is not None
+    assert 1 <= int(reset) <= 60
     redis_server.start()
 
 

@@ -22,8 +22,8 @@ from sqlalchemy import Engine
 from positions.storage import api_keys, tables
 from positions.storage.database import connect, transaction
 from tests.conftest import Databases
-from tests.integration.api import Make
-from tests.integration.processes import API_KEY, environment, web
+from tests.integration.api import KEY, Make
+from tests.integration.processes import environment, web
 from tests.integration.support import apply, execution
 from tests.services import PostgreSQL, RabbitMQ, Redis, Server, wait_until
 
@@ -87,7 +87,7 @@ class Api:
         self.address, self.database, self.cache_url = address, database, cache_url
         self.fills = BOUGHT
 
-    def ask(self, address: str, *, method: str = "GET", key: str | None = API_KEY) -> requests.Response:
+    def ask(self, address: str, *, method: str = "GET", key: str | None = KEY) -> requests.Response:
         """Return an answer; it carries the trace id, and tells what failed as it is to be told."""
         trace_id = f"outage-{uuid4()}"
         headers = {"X-Trace-Id": trace_id} | ({} if key is None else {"X-API-Key": key})
@@ -129,7 +129,7 @@ class Api:
         with transaction(self.database) as connection:
             connection.execute(tables.outbox.delete())
 
-    def await_up(self, key: str = API_KEY) -> None:
+    def await_up(self, key: str = KEY) -> None:
         """Return once every process serves again."""
         assert wait_until(
             lambda: all(self.ask("/api/v1/positions", key=key).status_code == 200 for _ in range(20)),

@@ -100,9 +100,11 @@ def test_history_adds_up_what_snapshots_tell(client: FlaskClient, engine: Engine
     for asset in ("BTCUSDT", "ETHUSDT"):
         assert client.post(f"/api/v1/positions/{asset}/snapshot").status_code == 201
     now = datetime.now(UTC)
-    wanted = {"from": now.isoformat(), "to": (now + timedelta(minutes=3)).isoformat(), "interval": "60"}
+    # The last point is of now, also where more was asked for, and before the snapshots there is nothing.
+    wanted = {"from": (now - timedelta(minutes=3)).isoformat(), "to": "2100-01-01", "interval": "60"}
     body = client.get(address, query_string=wanted).get_json()
-    assert (body["count"], body["interval_seconds"]) == (4, 60)
+    assert (body["count"], body["interval_seconds"]) == (1, 60)
+    assert body["points"][0]["at"] >= now.isoformat()[:23]
     assert {name: each for name, each in body["points"][0].items() if name != "at"} == {
         "total_exposure_usdt": "220",
         "net_exposure_usdt": "220",
@@ -111,6 +113,7 @@ def test_history_adds_up_what_snapshots_tell(client: FlaskClient, engine: Engine
         "total_pnl_usdt": "20",
         "drawdown_usdt": "0",
     }
+    assert client.get(address, query_string={"interval": "1"}).get_json()["count"] == 1
     year = {"from": (now - timedelta(days=365)).isoformat(), "to": now.isoformat(), "interval": "1"}
     assert client.get(address, query_string=year).get_json()["interval_seconds"] == 31568
     backwards = {"from": now.isoformat(), "to": (now - timedelta(1)).isoformat()}

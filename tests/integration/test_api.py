@@ -185,6 +185,17 @@ def test_list_without_limit_has_a_thousand_at_most(client: FlaskClient, database
 # --- portfolio
 
 
+def test_portfolio_with_more_positions_than_a_page_says_where_the_list_goes_on(
+    client: FlaskClient, database_url: str
+) -> None:
+    store(database_url, *(_long(f"C{number:04}", "1", "2") for number in range(1001)))
+    body = client.get("/api/v1/portfolio?include_positions=true").get_json()
+    assert (body["open_positions_count"], len(body["positions"])) == (1001, 1000)
+    rest = client.get(f"/api/v1/positions?cursor={body['next_cursor']}").get_json()
+    assert [each["asset"] for each in rest["positions"]] == ["C1000"]
+    assert rest["next_cursor"] is None
+
+
 def test_portfolio_adds_up_exactly(make_app: Make, database_url: str) -> None:
     app = make_app(database_url, POSITION_MANAGER_PORTFOLIO_MAX_EXPOSURE_USDT="75396.8")
     client = _with_key(app)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 from sqlalchemy import Engine, insert
+from sqlalchemy.exc import IntegrityError
 from structlog.testing import capture_logs
 
 from positions.errors import NotFound
@@ -156,6 +157,13 @@ def test_there_are_so_many_keys_and_no_more_whoever_creates_them(engine: Engine)
     assert one_more(5)
     with pytest.raises(api_keys.KeyRefused, match="there are 1000 keys"):
         create(engine, "last")
+
+
+@pytest.mark.parametrize("digest", ["", "rubbish", "d" * 63, "D" * 64, "g" * 64, "d" * 63 + "\n"])
+def test_a_digest_that_is_none_cannot_be_stored(engine: Engine, digest: str) -> None:
+    row = {"name": "risk", "digest": digest, "role": "read"}
+    with pytest.raises(IntegrityError, match="api_keys_digest_check"), engine.begin() as connection:
+        connection.execute(insert(tables.api_keys).values(row))
 
 
 # --- roles

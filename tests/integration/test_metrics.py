@@ -7,16 +7,18 @@ import re
 import signal
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import Engine, insert
+from sqlalchemy import Engine, insert, update
 
 from positions.storage import quarantine, tables
 from positions.web import metrics
 from tests.integration.api import KEY, QUEUE, Make, environ, served, store
+from tests.integration.support import apply, execution
 from tests.services import PostgreSQL, wait_until
 
 WITH_KEY = {"X-API-Key": KEY}
@@ -47,6 +49,13 @@ def _of(samples: Samples, name: str, **labels: str) -> float | None:
 
 def _requests(samples: Samples, **labels: str) -> float:
     return _of(samples, "http_request_duration_seconds_count", **labels) or 0
+
+
+def _short(app: Flask) -> dict[str, Any]:
+    found: dict[str, Any] = (
+        app.test_client().get("/metrics", headers={"Accept": "application/json"}).get_json()
+    )
+    return found
 
 
 def test_requests_are_counted_by_route_and_not_by_path(make_app: Make, database_url: str) -> None:
@@ -130,13 +139,59 @@ def test_lookups_and_validations_are_counted(make_app: Make, database_url: str) 
         ("validations_total", "valid", 1),
     ):
         assert (_of(after, name, outcome=outcome) or 0) - (_of(before, name, outcome=outcome) or 0) == more
-    short = app.test_client().get("/metrics", headers={"Accept": "application/json"}).get_json()
+    short = _short(app)
     lookups = [
         _of(after, "portfolio_cache_total", outcome=each) or 0 for each in ("hit", "miss", "unavailable")
     ]
     assert short["portfolio_cache_hit_rate"] == pytest.approx(lookups[0] / sum(lookups))
     assert short["validation_statistics"]["valid"] >= 1
     assert short["validation_statistics"]["total"] >= short["validation_statistics"]["valid"]
+
+
+def test_requests_for_the_portfolio_count_as_lookups(
+    make_app: Make, database_url: str, redis_url: str
+) -> None:
+    app = make_app(database_url, redis=redis_url)
+    client = app.test_client()
+    before = _scrape(app)
+    for _ in range(5):
+        assert client.get("/api/v1/portfolio", headers=WITH_KEY).status_code == 200
+    after = _scrape(app)
+
+    def lookups(samples: Samples, *outcomes: str) -> float:
+        return sum(_of(samples, "portfolio_cache_total", outcome=each) or 0 for each in outcomes)
+
+    every = ("hit", "miss", "unavailable")
+    assert lookups(after, *every) - lookups(before, *every) == 5
+    assert lookups(after, "hit") - lookups(before, "hit") == 4
+    assert _short(app)["portfolio_cache_hit_rate"] == pytest.approx(
+        lookups(after, "hit") / lookups(after, *every)
+    )
+
+
+def test_requests_to_validate_are_counted_by_what_they_found(
+    make_app: Make, database_url: str, engine: Engine
+) -> None:
+    app = make_app(database_url)
+    before = _short(app)["validation_statistics"]
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100")])
+
+    def validate(fix: str) -> None:
+        path = f"/api/v1/positions/BTCUSDT/validate?fix_discrepancies={fix}"
+        assert app.test_client().post(path, headers=WITH_KEY).status_code == 200
+
+    validate("true")
+    with engine.begin() as connection:
+        connection.execute(update(tables.positions).values(realized_pnl=7))
+    for fix in ("false", "false", "true"):
+        validate(fix)
+    after = _short(app)["validation_statistics"]
+    assert {name: after[name] - before.get(name, 0) for name in after} == {
+        "total": 4,
+        "valid": 1,
+        "invalid": 2,
+        "repaired": 1,
+    }
 
 
 @pytest.mark.parametrize(

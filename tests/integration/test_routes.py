@@ -8,11 +8,14 @@ from hashlib import sha256
 
 import pytest
 from flask.testing import FlaskClient
-from sqlalchemy import Engine, update
+from sqlalchemy import Connection, Engine, update
 
+from positions.errors import ConcurrencyConflict
 from positions.storage import quarantine, tables
 from positions.storage.database import transaction
 from positions.storage.quarantine import Refused
+from positions.web import positions as positions_routes
+from positions.web import quarantine as quarantine_routes
 from tests.integration.api import KEY, Make, problem
 from tests.integration.support import EXECUTION_QUEUE, apply, execution
 
@@ -169,6 +172,29 @@ def test_quarantine_is_read_and_replayed(client: FlaskClient, engine: Engine) ->
     problem(client.post("/api/v1/events/quarantine/0/replay"), 400, "bad_parameters")
 
 
+def test_conflict_that_outlived_its_retries_may_be_tried_again(
+    client: FlaskClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: object, **__: object) -> None:
+        raise ConcurrencyConflict
+
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100")])
+    monkeypatch.setattr(positions_routes, "validate_position", lose)
+    response = client.post("/api/v1/positions/BTCUSDT/validate")
+    problem(response, 409, "conflict")
+    assert int(response.headers["Retry-After"]) > 0
+
+
+def test_message_whose_value_the_database_refuses_is_still_refused(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def divide(connection: Connection, *_: object, **__: object) -> None:
+        connection.exec_driver_sql("SELECT 1 / 0")
+
+    monkeypatch.setattr(quarantine_routes, "replay_quarantine", divide)
+    problem(client.post("/api/v1/events/quarantine/1/replay"), 409, "still_refused")
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -201,6 +227,20 @@ def test_body_that_is_no_parameters_is_refused(
     assert response.content_type == "application/problem+json"
 
 
+@pytest.mark.parametrize("body", [b"[" * 60_000, b'{"a":' * 12_000, b'{"\\ud800":1}'])
+def test_body_that_is_hard_to_read_is_refused(client: FlaskClient, body: bytes) -> None:
+    address = "/api/v1/positions/BTCUSDT/validate"
+    problem(client.post(address, data=body, content_type="application/json"), 400, "bad_parameters")
+    # Where a body means nothing, it is not read.
+    assert client.head("/api/v1/portfolio", data=body, content_type="application/json").status_code == 200
+
+
+def test_body_in_chunks_is_refused(client: FlaskClient) -> None:
+    headers = {"Transfer-Encoding": "chunked"}
+    response = client.post("/api/v1/positions/BTCUSDT/validate", headers=headers)
+    problem(response, 411, "length_required")
+
+
 def test_body_counts_before_the_query_and_both_must_be_right(client: FlaskClient, engine: Engine) -> None:
     apply(engine, [execution("BTCUSDT", "Buy", "1", "100", mode="hedge")])
     address = "/api/v1/positions/BTCUSDT/snapshot"
@@ -214,6 +254,7 @@ def test_description_covers_every_address_of_the_contract(client: FlaskClient) -
     assert response.status_code == 200
     document = response.get_json()
     assert document["openapi"].startswith("3.1")
+    assert "Raises" not in response.text
     described = {
         f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods
     }

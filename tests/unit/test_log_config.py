@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +112,20 @@ def test_no_secret_is_written(capsys: pytest.CaptureFixture[str], form: str) -> 
     assert "ho:st" not in written
     assert "rabbit:5672" in written
     assert "asset=BTCUSDT" in written
+
+
+def test_full_disk_ends_nothing_that_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    with suppress(OSError), Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        _configure()
+        try:
+            structlog.get_logger("ours").info("position_folded")
+            logging.getLogger("celery.worker").info("Connected")
+        except OSError as error:
+            pytest.fail(f"the line ended it: {error}")
+        # It was none that can be written to.
+        with pytest.raises(OSError, match="No space left"):
+            full.flush()
 
 
 def test_nothing_else_is_redacted() -> None:

@@ -31,7 +31,7 @@ from positions.web import QUERY_MAX_BYTES, memory
 from positions.web import portfolio as routes
 from positions.web.memory import Answer, LastAnswers
 from tests.integration.api import KEY, ROOT, Make
-from tests.integration.support import apply, execution
+from tests.integration.support import apply, changed, execution
 from tests.services import PostgreSQL, Redis, wait_until
 
 PREFIX = "test"
@@ -50,11 +50,6 @@ def finish(threads: list[threading.Thread]) -> None:
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
-
-
-def advance(connection: Connection) -> None:
-    """Change the portfolio's version and no figure."""
-    connection.exec_driver_sql("UPDATE positions SET version = version WHERE false")
 
 
 def made(version: int) -> dict[str, bytes]:
@@ -405,6 +400,55 @@ def test_committed_update_is_in_the_next_answer_of_every_process(apps: list[Flas
             assert listed["current_price"] == str(number + 1)
 
 
+def test_change_by_hand_is_in_the_next_answer_of_every_process(apps: list[Flask], engine: Engine) -> None:
+    clients = [client_of(app) for app in apps]
+    buy(engine, 1)
+    for number in range(1, 6):
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"UPDATE positions SET size = {number}, long_size = {number}")
+        for client in clients:
+            assert size(client) == size(client, "/api/v1/portfolio?asset=BTCUSDT") == str(number)
+            assert client.get("/api/v1/positions/BTCUSDT").get_json()["size"] == str(number)
+            [listed] = client.get("/api/v1/positions").get_json()["positions"]
+            assert listed["size"] == str(number)
+
+
+def test_emptied_table_of_versions_is_no_reason_to_fail(
+    make_app: Make, database_url: str, redis_url: str, engine: Engine
+) -> None:
+    buy(engine, 1)
+    # Versions are given twice then: figures of the first time are served for as long as entries live.
+    more = {"POSITION_MANAGER_METRICS_CACHE_TTL": "1"}
+    apps = [make_app(database_url, redis=redis_url, **more) for _ in range(2)]
+    paths = ("/api/v1/portfolio", "/api/v1/portfolio/pnl", "/api/v1/positions", "/api/v1/positions/BTCUSDT")
+    known, other = map(client_of, apps)
+    for path in paths:
+        assert known.get(path).status_code == 200
+    with engine.begin() as connection:
+        connection.exec_driver_sql("TRUNCATE portfolio_versions")
+    for client in (known, other):
+        for path in paths:
+            assert client.get(path).status_code == 200, path
+    buy(engine, 2)
+    for client in (known, other):
+        assert wait_until(lambda client=client: size(client) == "2", limit_s=30)  # type: ignore[misc]
+
+
+def test_each_service_says_its_own_limit_is_exceeded(
+    make_app: Make, database_url: str, redis_url: str, engine: Engine
+) -> None:
+    price = {"event_type": "position", "data": {"symbol": "BTCUSDT", "markPrice": "100"}}
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100"), price])
+    limits = {None: False, "99": True, "101": False}
+    clients = {}
+    for limit in limits:
+        more = {} if limit is None else {"POSITION_MANAGER_PORTFOLIO_MAX_EXPOSURE_USDT": limit}
+        clients[limit] = client_of(make_app(database_url, redis=redis_url, **more))
+    for path in ("/api/v1/portfolio", "/api/v1/portfolio/exposure", "/api/v1/portfolio?asset=BTCUSDT") * 2:
+        told = {limit: client.get(path).get_json()["limit_exceeded"] for limit, client in clients.items()}
+        assert told == limits, path
+
+
 def test_rubbish_in_the_cache_reaches_no_client(apps: list[Flask], engine: Engine, redis_url: str) -> None:
     buy(engine, 1)
     right = client_of(apps[0]).get("/api/v1/portfolio").get_json()
@@ -438,10 +482,10 @@ def test_client_that_has_the_answer_is_told_so(apps: list[Flask], engine: Engine
     for given in ('"other"', 'W/"other"', "", "W/", tag.upper()):
         assert first.get(path, headers={"If-None-Match": given}).data == answer.data
     buy(engine, 2)
-    changed = first.get(path, headers={"If-None-Match": tag})
-    assert changed.status_code == 200
-    assert changed.headers["ETag"] != tag
-    assert changed.data != answer.data
+    newer = first.get(path, headers={"If-None-Match": tag})
+    assert newer.status_code == 200
+    assert newer.headers["ETag"] != tag
+    assert newer.data != answer.data
 
 
 def test_when_it_was_calculated_is_no_change(apps: list[Flask], engine: Engine) -> None:
@@ -450,7 +494,7 @@ def test_when_it_was_calculated_is_no_change(apps: list[Flask], engine: Engine) 
     before = client.get("/api/v1/portfolio")
     # Something changed that the figures do not show.
     with transaction(engine) as connection:
-        advance(connection)
+        changed(connection)
     tag = before.headers["ETag"]
     assert client.get("/api/v1/portfolio", headers={"If-None-Match": tag}).status_code == 304
     after = client.get("/api/v1/portfolio")
@@ -543,7 +587,7 @@ class Commits:
         with self._lock:
             self.begun += 1
         with self._engine.begin() as connection:
-            advance(connection)
+            changed(connection)
         with self._lock:
             self.done += 1
 
@@ -608,7 +652,7 @@ def test_requests_share_the_next_reading_and_never_one_under_way(
     threads = together(lambda: first.append(versions()))
     assert read.wait(60)
     with transaction(engine) as connection:
-        advance(connection)
+        changed(connection)
     threads += together(*[lambda: later.append(versions())] * 8)
 
     def waiting() -> bool:
@@ -652,7 +696,7 @@ def test_version_is_unavailable_with_the_database_and_no_longer(
     assert versions() == before
     engine.dispose()
     with transaction(engine) as connection:
-        advance(connection)
+        changed(connection)
     assert versions() == before + 1
 
 

@@ -27,7 +27,8 @@ import structlog
 
 from positions.storage import migrate
 from positions.storage.database import connect
-from tests.integration.processes import API_KEY, environment, web
+from tests.integration.api import KEY, Served, served
+from tests.integration.processes import environment
 from tests.integration.support import apply, execution
 from tests.services import PostgreSQL, Redis
 
@@ -51,24 +52,20 @@ class Measured:
     """Processor time of all the workers a request, in microseconds."""
 
 
-def worked_s() -> float:
-    """Return the processor time that the workers of all web servers here have used, in seconds."""
-    masters = Path("/proc/self/task").glob("*/children")
-    pids = [int(pid) for file in masters for pid in file.read_text().split()]
-    workers = [each for pid in pids for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def worked_s(server: Served) -> float:
+    """Return the processor time that the workers of ``server`` have used, in seconds."""
     ticks = 0
-    for pid in workers:
-        _, _, figures = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
-        if "gunicorn" in Path(f"/proc/{pid}/cmdline").read_text():
-            ticks += sum(map(int, figures.split()[11:13]))
+    for pid in server.workers:
+        figures = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += sum(map(int, figures[11:13]))
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def load(url: str, *, seconds: int, connections: int) -> Measured:
+def load(server: Served, path: str, *, seconds: int, connections: int) -> Measured:
     """Return how an address does under load; anything but 2xx ends the benchmark."""
-    before = worked_s()
+    before, url = worked_s(server), f"http://127.0.0.1:{server.port}{path}"
     done = subprocess.run(
-        ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-H", f"X-API-Key: {API_KEY}", url],
+        ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-H", f"X-API-Key: {KEY}", url],
         capture_output=True,
         text=True,
         check=True,
@@ -77,7 +74,7 @@ def load(url: str, *, seconds: int, connections: int) -> Measured:
         raise SystemExit(f"{url}:\n{done}")
     found = dict(re.findall(r"(50%|99%|Requests/sec:)\s+([\d.]+(?:us|ms|s)?)", done))
     requests = int(re.findall(r"(\d+) requests in", done)[0])
-    cpu_us = (worked_s() - before) / requests * 1e6
+    cpu_us = (worked_s(server) - before) / requests * 1e6
     return Measured(float(found["Requests/sec:"]), _ms(found["50%"]), _ms(found["99%"]), cpu_us)
 
 
@@ -147,16 +144,16 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for name in ("api", "constant"):
             (folder / name).mkdir()
-        api = stack.enter_context(web(env, folder / "api"))
-        constant = stack.enter_context(web(env, folder / "constant", app="benchmarks.constant:app"))
-        addresses = {CEILING: constant + "/"} | {name: api + path for name, path in ROUTES.items()}
+        api = stack.enter_context(served(folder / "api", env))
+        constant = stack.enter_context(served(folder / "constant", env, app="benchmarks.constant:app"))
+        addresses = {CEILING: (constant, "/")} | {name: (api, path) for name, path in ROUTES.items()}
         for address in addresses.values():
-            load(address, seconds=1, connections=given.connections)
+            load(*address, seconds=1, connections=given.connections)
         stack.enter_context(changing(url, given.changing))
         # Alternating, so that a slow minute of the machine is everybody's.
         runs = [
             {
-                name: load(address, seconds=given.seconds, connections=given.connections)
+                name: load(*address, seconds=given.seconds, connections=given.connections)
                 for name, address in addresses.items()
             }
             for _ in range(given.runs)

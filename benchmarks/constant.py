@@ -7,6 +7,7 @@ BODY = b'{"a":"constant"}'
 
 
 @app.get("/")
+@app.get("/health/live")
 def constant() -> Response:
     """Return the same, whoever asks."""
     return Response(BODY, mimetype="application/json")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from tests.e2e.conftest import Service
-from tests.integration.processes import API_KEY
+from tests.integration.api import KEY
 from tests.integration.support import EXECUTION_QUEUE, POSITION_QUEUE, execution, publish
 
 
@@ -26,7 +26,7 @@ def test_every_answer_is_as_described(service: Service, tmp_path: Path) -> None:
         [
             sys.executable,
             *("-m", "schemathesis.cli", "run", f"{service.address}/openapi.json"),
-            *("--header", f"X-API-Key: {API_KEY}"),
+            *("--header", f"X-API-Key: {KEY}"),
             *("--checks", "all", "--max-examples", "25", "--continue-on-failure", "--no-color"),
         ],
         cwd=tmp_path,

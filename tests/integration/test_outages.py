@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 from hashlib import sha256
 from pathlib import Path
@@ -35,7 +35,8 @@ REDIS_DATABASE = 14
 BOUGHT = 2
 PRICE = Decimal("50100.5")
 NOW = datetime.now(UTC)
-HISTORY = f"from={NOW:%Y-%m-%dT%H:%M:%SZ}&to={NOW + timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}&interval=60"
+# Its one point is of now.
+HISTORY = f"from={NOW:%Y-%m-%dT%H:%M:%SZ}&interval=86400"
 
 Answers = dict[str, int]
 """The status of each route."""
@@ -73,7 +74,7 @@ FIGURES = tuple(
     for route, (address, status, *_) in TABLE.items()
     if route.startswith("GET /api") and status == 200
 )
-VARYING = {"calculated_at", "time_held_minutes"}
+VARYING = {"at", "calculated_at", "time_held_minutes"}
 
 
 def bought(number: int) -> dict[str, Any]:

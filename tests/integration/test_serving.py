@@ -172,12 +172,17 @@ def test_broken_request_is_answered_as_any_other(gunicorn: Served) -> None:
     assert "made" not in str(lines_of_requests)
 
 
-def test_broken_chunk_gets_one_answer(gunicorn: Served) -> None:
+@pytest.mark.parametrize("chunks", [b"2\r\n{}\r\n0\r\n\r\n", b"no-size\r\n"], ids=["good", "broken"])
+def test_body_in_chunks_gets_one_answer(gunicorn: Served, chunks: bytes) -> None:
+    head = b"POST /api/v1/positions/BTCUSDT/validate HTTP/1.1\r\nConnection: close\r\n"
     with gunicorn.connect() as connection:
-        connection.sendall(b"POST /health HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nno-size\r\n")
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
         received = _all(connection)
     assert received.startswith(b"HTTP/1.1 411 ")
     assert received.count(b"HTTP/1.1") == 1
+    told, _, body = received.decode().partition("\r\n\r\n")
+    assert "Content-Type: application/problem+json\r\n" in told
+    assert (json.loads(body)["status"], json.loads(body)["error_code"]) == (411, "length_required")
 
 
 def test_clients_that_vanish_leave_no_traceback(gunicorn: Served, database_url: str) -> None:
@@ -249,10 +254,8 @@ def test_slow_client_is_cut_off(
 ) -> None:
     _store(database_url, *(f"C{number:03}" for number in range(1000)))
     small = {"POSITION_MANAGER_WEB_WORKERS": "1", "POSITION_MANAGER_WEB_THREADS": "1"}
-    with (
-        served(tmp_path, {**settings, **small}, app=IMPATIENT.format("request_max_s=1")) as api,
-        api.connect() as connection,
-    ):
+    app = IMPATIENT.format("request_max_s=1")
+    with served(tmp_path, {**settings, **small}, app=app) as api, api.connect() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(request_)
         stop = threading.Event()
@@ -285,7 +288,7 @@ def test_frozen_database_is_given_up_and_used_again(
     _store(database_url, "BTCUSDT")
     small = {"POSITION_MANAGER_WEB_WORKERS": "1", "POSITION_MANAGER_WEB_THREADS": "4"}
     paths = ("/api/v1/positions", "/api/v1/positions/BTCUSDT", "/api/v1/portfolio", "/api/v1/portfolio/pnl")
-    app = IMPATIENT.format("answer_s=2, probe_s=0.5")
+    app = IMPATIENT.format("answer_s=2, probe_s=0.2")
     with served(tmp_path, {**settings, **small}, app=app) as api:
         for path in paths:
             assert api.get(path, WITH_KEY)[0] == 200, path
@@ -391,3 +394,36 @@ def test_reload_reads_the_settings_and_fails_no_request(
         assert failures == []
         assert answered
         assert api.get("/api/v1/positions", {"X-API-Key": "old"})[0] == 401
+
+
+def test_broken_file_of_keys_leaves_the_last_good_ones(settings: Settings, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps([_entry("good")]))
+    with served(tmp_path, {**settings, "POSITION_MANAGER_API_KEYS": str(keys)}) as api:
+
+        def replaced(old: set[int]) -> None:
+            assert wait_until(lambda: len(api.workers) == 2 and not old & set(api.workers), limit_s=30)
+
+        def statuses(key: str) -> set[int]:
+            return {api.get("/api/v1/nothing", {"X-API-Key": key})[0] for _ in range(10)}
+
+        def reload() -> None:
+            old = set(api.workers)
+            api.process.send_signal(signal.SIGHUP)
+            replaced(old)
+
+        keys.write_text("{ no list of keys")
+        reload()
+        [told] = [line for line in api.lines if line["event"] == "api_keys_unreadable"]
+        assert "POSITION_MANAGER_API_KEYS" in told["reason"]
+        assert statuses("good") == {404}
+        # Also for workers that begin while it is broken.
+        killed = api.workers
+        for worker in killed:
+            os.kill(worker, signal.SIGKILL)
+        replaced(set(killed))
+        assert statuses("good") == {404}
+        keys.write_text(json.dumps([_entry("mended")]))
+        reload()
+        assert statuses("mended") == {404}
+        assert statuses("good") == {401}

@@ -12,6 +12,9 @@ class Job(TypedDict):
 
 
 TASK_QUEUE = "positions.tasks"
+"""What waits for nothing but the database, and not for long: on the workers that apply events."""
+JOBS_QUEUE = "positions.jobs"
+"""What takes its time or asks other hosts: on workers of its own, so that no event waits for it."""
 
 SCHEDULE: dict[str, Job] = {
     "publish the portfolio": {

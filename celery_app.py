@@ -1,6 +1,7 @@
 """The workers' root: settings, logging, queues, event intake, task discovery.
 
-Run as `celery -A celery_app worker` and `celery -A celery_app beat`.
+Run as `celery -A celery_app worker` and `celery -A celery_app beat`. A worker with `-Q positions.tasks` takes
+events in and leaves the jobs to one with `-Q positions.jobs`; one without `-Q` does both.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ from celery import Celery
 from celery.signals import setup_logging
 from kombu import Queue
 
-from beat_schedule import SCHEDULE, TASK_QUEUE
+from beat_schedule import JOBS_QUEUE, SCHEDULE, TASK_QUEUE, Job
 from positions import log_config
 from positions.settings import load
 from positions.storage.broker import transport_options
@@ -18,6 +19,18 @@ from positions.tasks.intake import Drain, Intake, guard_properties
 
 settings = load()
 resources.use(resources.Resources(settings))
+
+
+def _entry(job: Job) -> dict[str, Any]:
+    every = float(getattr(settings, job["every"]) if isinstance(job["every"], str) else job["every"])
+    return {
+        "task": job["task"],
+        "schedule": every,
+        "relative": every >= 60,  # on whole minutes, hours or days, not so long after beat was started
+        # A tick that was not served before the next is due is worth nothing. Clocks of hosts differ a little.
+        "options": {"queue": job["queue"], "expires": max(every, 60)},
+    }
+
 
 app = Celery("positions", include=["positions.tasks.events", "positions.tasks.portfolio"])
 app.conf.update(
@@ -50,24 +63,14 @@ app.conf.update(
     enable_utc=True,
     timezone="UTC",
     task_default_queue=TASK_QUEUE,
-    task_queues=[Queue(TASK_QUEUE, durable=True)],
+    task_queues=[Queue(name, durable=True) for name in (TASK_QUEUE, JOBS_QUEUE)],
     task_create_missing_queues=False,  # a typo in a queue's name is an error, not a queue nobody reads
     worker_send_task_events=True,
     task_send_sent_event=True,
     worker_hijack_root_logger=False,
     worker_redirect_stdouts=False,
     beat_max_loop_interval=5,
-    beat_schedule={
-        name: {
-            "task": job["task"],
-            "schedule": float(
-                getattr(settings, job["every"]) if isinstance(job["every"], str) else job["every"]
-            ),
-            # A tick that was not served before the next ones are due is worth nothing.
-            "options": {"queue": job["queue"], "expires": 60},
-        }
-        for name, job in SCHEDULE.items()
-    },
+    beat_schedule={name: _entry(job) for name, job in SCHEDULE.items()},
 )
 app.steps["consumer"].add(Intake)
 app.steps["worker"].add(Drain)

@@ -227,6 +227,27 @@ class Settings(BaseModel):
         description="Longest time, in seconds, that the portfolio's figures are served from the cache.",
     )
 
+    # --- on a schedule
+    snapshot_interval: int = Field(
+        3600,
+        validation_alias=_env("SNAPSHOT_INTERVAL"),
+        ge=1,
+        le=86_400,
+        description="Seconds between snapshots of all positions, counted from the Unix epoch.",
+    )
+    snapshot_retention_days: int = Field(
+        365, validation_alias=_env("SNAPSHOT_RETENTION_DAYS"), ge=1, le=36_500
+    )
+    validation_interval: int = Field(
+        1800, validation_alias=_env("VALIDATION_INTERVAL"), ge=1, le=86_400, description="Seconds."
+    )
+    ws_gateway_url: Annotated[str | None, Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")] = Field(
+        None,
+        validation_alias="WS_GATEWAY_URL",
+        description="Base URL of the gateway that workers subscribe to positions at; needs its key too.",
+    )
+    ws_gateway_api_key: SecretStr | None = Field(None, validation_alias="WS_GATEWAY_API_KEY")
+
     # --- serving
     web_workers: int = Field(
         2, validation_alias=_env("WEB_WORKERS"), ge=1, le=64, description="gunicorn processes."

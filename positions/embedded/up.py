@@ -167,7 +167,7 @@ class Up:
     def _supervise(self, own: Sequence[servers.Server]) -> None:
         commands = [
             *(("servers", s.name, s.command(), s.stop_signal, s.user) for s in own),
-            *(("app", name, command, "TERM", None) for name, command in self._app().items()),
+            *(("app", name, command, "TERM", None) for name, command in self.commands().items()),
         ]
         self._programs = [
             Program(
@@ -212,7 +212,8 @@ class Up:
                 start_new_session=True,
             )
 
-    def _app(self) -> dict[str, list[str]]:
+    def commands(self) -> dict[str, list[str]]:
+        """Return the command of each process of the service, by its name."""
         python = [sys.executable, "-m"]
         celery = [*python, "celery", "-A", "celery_app"]
         schedule = self._folder.path / "beat-schedule"
@@ -224,7 +225,18 @@ class Up:
                 "python:positions.web.gunicorn_conf",
                 "positions.web:create_app()",
             ],
-            "worker": [*celery, "worker", "--hostname", "worker@%h", "-E"],
+            "worker": [*celery, "worker", "-Q", "positions.tasks", "--hostname", "worker@%h", "-E"],
+            "jobs": [
+                *celery,
+                "worker",
+                "-Q",
+                "positions.jobs",
+                "-c",
+                "2",
+                "--hostname",
+                "jobs@%h",
+                "-E",
+            ],
             "beat": [*celery, "beat", "--schedule", str(schedule), "--pidfile="],
             "relay": [*python, "positions.cli", "relay"],
         }

@@ -199,6 +199,10 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self._reset()
         consumer.intake = self
 
+    def include_if(self, c: Any) -> bool:
+        """Tell whether this worker is one for events; one that only does jobs (`-Q`) takes none in."""
+        return c.app.conf.task_default_queue in c.app.amqp.queues.consume_from
+
     def _reset(self) -> None:
         """Forget everything that belongs to a channel: its delivery tags die with it."""
         self.settlement = None

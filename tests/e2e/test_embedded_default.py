@@ -124,10 +124,11 @@ def test_killed_children_come_back_and_a_stop_leaves_nothing(product: Product) -
     assert "already" in second.stderr
 
     before = product.pids()
-    for name in ("postgres", "valkey", "web", "worker"):
+    killed = ("postgres", "valkey", "web", "worker", "jobs")
+    for name in killed:
         os.kill(before[name], signal.SIGKILL)
     assert wait_until(
-        lambda: all(product.pids()[name] != before[name] for name in ("postgres", "valkey", "web", "worker")),
+        lambda: all(product.pids()[name] != before[name] for name in killed),
         limit_s=30,
     )
     assert wait_until(product.healthy, limit_s=60), product.get("/health")

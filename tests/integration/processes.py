@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from beat_schedule import JOBS_QUEUE
 from tests.integration.api import ROOT, environ, served
 from tests.services import wait_until
 
@@ -91,6 +92,18 @@ def worker(
     process = Process(["celery", "-A", app, "worker", *arguments], env, folder / "worker.log")
     try:
         process.await_log("intake_started")
+        yield process
+    finally:
+        process.kill()
+
+
+@contextmanager
+def jobs(env: Mapping[str, str], folder: Path) -> Iterator[Process]:
+    """Run a worker of jobs that is ready for them."""
+    arguments = ["celery", "-A", "celery_app", "worker", "-Q", JOBS_QUEUE, "-n", "jobs@test"]
+    process = Process(arguments, env, folder / "jobs.log")
+    try:
+        process.await_log("jobs@test ready")
         yield process
     finally:
         process.kill()

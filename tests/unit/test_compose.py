@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 from celery.bin.celery import celery
 
+from beat_schedule import JOBS_QUEUE, SCHEDULE, TASK_QUEUE
 from positions.cli import cli
+from positions.embedded.up import Up
 from positions.handlers.relay_outbox import CONFIRM_S
-from positions.settings import variables
+from positions.settings import load, variables
 from positions.tasks.intake import DRAIN_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +50,7 @@ def stop_s(service: str) -> int:
 
 def test_all_processes_are_there() -> None:
     assert SERVICES.keys() - OURS.keys() == {"postgres", "rabbitmq", "redis"}
-    assert OURS.keys() == {"migrate", "web", "worker", "beat", "relay", "flower"}
+    assert OURS.keys() == {"migrate", "web", "worker", "jobs", "beat", "relay", "flower"}
 
 
 def test_every_setting_that_is_passed_is_known() -> None:
@@ -88,6 +90,18 @@ def test_every_command_exists(service: str) -> None:
         assert callable(getattr(import_module(module), factory))
 
 
+def queues(words: list[str]) -> str | None:
+    return words[words.index("-Q") + 1] if "worker" in words else None
+
+
+def test_every_queue_of_ours_has_its_worker(tmp_path: Path) -> None:
+    declared = [TASK_QUEUE, JOBS_QUEUE]
+    assert [queue for name in OURS if (queue := queues(command(name)))] == declared
+    app = Up(load({"POSITION_MANAGER_DATA_DIR": str(tmp_path / "data")}), {}).commands()
+    assert [queue for words in app.values() if (queue := queues(words))] == declared
+    assert {job["queue"] for job in SCHEDULE.values()} <= set(declared)
+
+
 def test_nothing_is_killed_while_it_finishes_its_work() -> None:
     assert stop_s("worker") > DRAIN_S
     assert stop_s("relay") > CONFIRM_S
@@ -97,9 +111,9 @@ def test_no_secret_is_written_down_and_none_may_be_forgotten() -> None:
     text = SHARED + _REST
     values = found(r"^ +\w*(?:PASSWORD|PASS|KEY|AUTH|SECRET)\w*: (.*)$", text)
     assert len(values) >= 8
-    # Further keys are hashes, and there need be none.
-    further = "${POSITION_MANAGER_API_KEYS:-}"
-    assert [v for v in values if v != further and not re.search(r"\$\{\w+:\?[\w -]+\}$", v)] == []
+    # Further keys are hashes; of these there need be none, nor a gateway.
+    optional = {"${POSITION_MANAGER_API_KEYS:-}", "${WS_GATEWAY_API_KEY:-}"}
+    assert [v for v in values if v not in optional and not re.search(r"\$\{\w+:\?[\w -]+\}$", v)] == []
 
 
 def test_only_the_api_is_reachable_from_other_hosts() -> None:

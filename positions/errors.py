@@ -39,3 +39,19 @@ class DeepRefold(PositionsError):
 
 class Unavailable(PositionsError):
     """Database, broker or cache cannot be reached now; the same call may succeed later."""
+
+
+class VenueError(PositionsError):
+    """Base of what goes wrong when the exchange's own API is asked."""
+
+
+class VenueUnavailable(VenueError):
+    """The exchange cannot be reached, answers nonsense, or has asked to be left alone for a while."""
+
+
+class VenueRefused(VenueError):
+    """The exchange understood what was asked, and refused: an unknown symbol, a wrong key."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code = code

@@ -15,7 +15,7 @@ from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from pydantic import (
     AliasChoices,
@@ -26,6 +26,7 @@ from pydantic import (
     SecretStr,
     TypeAdapter,
     ValidationError,
+    field_validator,
 )
 
 PREFIX = "POSITION_MANAGER_"
@@ -36,6 +37,23 @@ class SettingsError(ValueError):
 
 
 REDIS_SCHEMES = ("redis", "rediss", "unix")
+PRICE_HOSTS = frozenset(
+    {
+        "api.bybit.com",
+        "api.bytick.com",
+        "api.bybit.nl",
+        "api.bybit-tr.com",
+        "api.bybit.kz",
+        "api.bybitgeorgia.ge",
+        "api.bybit.ae",
+        "api.bybit.eu",
+        "api.bybit.id",
+        "api-demo.bybit.com",
+        "api-testnet.bybit.com",
+    }
+)
+"""The exchange's own (its integration guide): prices and keys are exchanged with no other."""
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 REQUESTS_PER_MINUTE_MAX = 1_000_000
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 """Names of keys: they stand in log lines and in Redis."""
@@ -201,6 +219,30 @@ class Settings(BaseModel):
         description="Seconds.",
     )
 
+    # --- the exchange's API
+    price_api_url: str = Field(
+        "https://api.bybit.com",
+        validation_alias=_env("PRICE_API_URL"),
+        description="Scheme and host, one of the exchange's own or this machine.",
+    )
+    price_api_timeout: int = Field(
+        5, validation_alias=_env("PRICE_API_TIMEOUT"), ge=1, le=30, description="Seconds, for each try."
+    )
+    price_api_retries: int = Field(
+        3,
+        validation_alias=_env("PRICE_API_RETRIES"),
+        ge=0,
+        le=5,
+        description="After waits of 1, 2, 4, ... seconds.",
+    )
+    bybit_api_key: SecretStr | None = Field(
+        None,
+        validation_alias=_env("BYBIT_API_KEY"),
+        description="With `BYBIT_API_SECRET`: a key that may only read, to compare positions with the"
+        " exchange's own.",
+    )
+    bybit_api_secret: SecretStr | None = Field(None, validation_alias=_env("BYBIT_API_SECRET"))
+
     # --- locking
     optimistic_lock_retries: int = Field(3, validation_alias=_env("OPTIMISTIC_LOCK_RETRIES"), ge=0, le=10)
     optimistic_lock_backoff_base: int = Field(
@@ -268,6 +310,21 @@ class Settings(BaseModel):
         validation_alias=_env("DATA_DIR"),
         description="Where the embedded default keeps its data.",
     )
+
+    @field_validator("price_api_url")
+    @classmethod
+    def _of_the_exchange(cls, url: str) -> str:
+        """Return scheme and host anew, so that what was checked is what is asked."""
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        if parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc:
+            raise ValueError("must be scheme and host only")
+        if host in PRICE_HOSTS and parts.scheme == "https" and port in (None, 443):
+            return f"https://{host}"
+        if host in LOOPBACK and parts.scheme in ("http", "https"):
+            name = f"[{host}]" if ":" in host else host
+            return f"{parts.scheme}://{name}{'' if port is None else f':{port}'}"
+        raise ValueError(f"must be https:// and one of {', '.join(sorted(PRICE_HOSTS))}, or on this machine")
 
     @cached_property
     def database(self) -> str:
@@ -405,6 +462,8 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         raise SettingsError("; ".join(lines)) from None
     if len(set(made.queues)) < len(made.queues):
         raise SettingsError(f"{queues}: names a queue twice, or the one of {PREFIX}POSITION_QUEUE")
+    if bool(made.bybit_api_key) != bool(made.bybit_api_secret):
+        raise SettingsError(f"{PREFIX}BYBIT_API_KEY and {PREFIX}BYBIT_API_SECRET: one without the other")
     if made.redis.partition("://")[0] not in REDIS_SCHEMES:
         raise SettingsError(f"{PREFIX}REDIS_URL: must begin with {'://, '.join(REDIS_SCHEMES)}://")
     return made

@@ -1,9 +1,10 @@
-.PHONY: help run test check lock
+.PHONY: help run test check docs lock
 
 help:
 	@echo 'make run     the whole service, with its own PostgreSQL and Valkey unless you name others'
 	@echo 'make test    every test (ARGS="tests/unit -k fold" for some)'
 	@echo 'make check   what a reviewer would run: lint, format, types, import contracts, unit tests'
+	@echo 'make docs    docs/reference/ anew, where it is made from the code'
 	@echo 'make lock    the lock files anew from setup.cfg (ARGS=--upgrade for the newest versions)'
 
 run:
@@ -22,6 +23,10 @@ check:
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	.venv/bin/pytest tests/unit
+
+docs:
+	@tools/setup.sh dev
+	.venv/bin/python -m tools.reference
 
 lock:
 	@tools/setup.sh dev

@@ -16,6 +16,7 @@ from positions.settings import load
 from positions.storage.broker import transport_options
 from positions.tasks import resources
 from positions.tasks.intake import Drain, Intake, guard_properties
+from positions.tasks.measured import measure
 
 settings = load()
 resources.use(resources.Resources(settings))
@@ -75,6 +76,7 @@ app.conf.update(
 app.steps["consumer"].add(Intake)
 app.steps["worker"].add(Drain)
 guard_properties()
+measure(settings)
 
 
 @setup_logging.connect(weak=False)

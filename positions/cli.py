@@ -38,12 +38,13 @@ def migrate() -> None:
 @cli.command()
 def relay() -> None:
     """Publish the outbox to the broker until stopped; of several relays one works, the others wait."""
-    from positions import log_config
+    from positions import log_config, metrics
     from positions.handlers.relay_outbox import relay_outbox
     from positions.storage.database import connect
 
     own = settings.load()
     log_config.configure(own)
+    metrics.serve("relay", own)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())

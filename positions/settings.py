@@ -152,6 +152,20 @@ class Settings(BaseModel):
         description="How many proxies before the REST API write `X-Forwarded-For`.",
     )
 
+    metrics_host: str = Field(
+        "127.0.0.1",
+        validation_alias=_env("METRICS_HOST"),
+        description="Address that workers, beat and relay serve `/metrics` at; the REST API has its own.",
+    )
+    metrics_port: int | None = Field(
+        None,
+        validation_alias=_env("METRICS_PORT"),
+        ge=0,
+        le=65535,
+        description="Port of it; 0 is none. Unset: 4801 for a worker, 4802 for one named `jobs@...`, 4803 for"
+        " beat, 4804 for the relay.",
+    )
+
     # --- where the three servers are
     database_url: SecretStr | None = Field(None, validation_alias=_env("DATABASE_URL"))
     postgres_host: str | None = Field(None, validation_alias="POSTGRES_HOST")

@@ -17,6 +17,7 @@ from kombu import Exchange, Producer, Queue
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from positions import metrics
 from positions.errors import Unavailable
 from positions.messages.published import EVENT_TYPES, EXCHANGE, queue_of
 from positions.storage import broker, outbox
@@ -49,6 +50,7 @@ def relay_outbox(engine: Engine, broker_url: str, *, stopping: Callable[[], bool
             reason = str(getattr(error, "orig", error)).partition("\n")[0]
             if time.monotonic() - started > WAIT_MAX_S:
                 wait_s = WAIT_FIRST_S
+            metrics.RELAY_INTERRUPTIONS.inc()
             log.warning("relay_interrupted", error=type(error).__name__, reason=reason, wait_s=wait_s)
             _sleep(wait_s, stopping)
             wait_s = min(wait_s * 2, WAIT_MAX_S)
@@ -70,10 +72,16 @@ def _work(session: Connection, connection: Broker, stopping: Callable[[], bool])
     while not stopping():
         with session.begin():
             rows = outbox.pending(session, WINDOW, after=passed)
+        metrics.RELAY_POLLS.inc()
         if rows:
             confirmed = publish(rows)
             with session.begin():
                 outbox.delete(session, confirmed)
+            metrics.PUBLISHED.inc("confirmed", by=len(confirmed))
+            metrics.PUBLISHED.inc("refused", by=len(rows) - len(confirmed))
+            # The database's clock wrote it, and clocks of hosts differ.
+            waited_s = (datetime.now(UTC) - rows[0].created_at).total_seconds()
+            metrics.PUBLISH_LAG.observe(max(waited_s, 0.0))
             if len(confirmed) < len(rows):
                 # A queue is full or missing. Messages for the others must not wait behind its own.
                 passed = rows[-1].id

@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from positions import metrics
 from positions.errors import ConcurrencyConflict, Unavailable
 
 log = structlog.get_logger(__name__)
@@ -188,8 +189,12 @@ def in_transaction(
                 return work(connection)
         except (ConcurrencyConflict, Unavailable) as error:
             attempt += 1
-            event = "version_conflict" if isinstance(error, ConcurrencyConflict) else "transaction_lost"
-            if attempt > retry.retries or time.monotonic() - started > TRIES_S:
+            lost_race = isinstance(error, ConcurrencyConflict)
+            event = "version_conflict" if lost_race else "transaction_lost"
+            counted = metrics.VERSION_CONFLICTS if lost_race else metrics.TRANSACTIONS_LOST
+            gave_up = attempt > retry.retries or time.monotonic() - started > TRIES_S
+            counted.inc("gave_up" if gave_up else "retried")
+            if gave_up:
                 log.warning(event, attempt=attempt, outcome="gave_up", reason=str(error))
                 raise
             wait_ms = retry.wait_ms(attempt)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import structlog
 from celery import shared_task
 
-from positions.domain.events import Event
+from positions import metrics
+from positions.domain.events import Event, Report
 from positions.errors import ConcurrencyConflict, DeepRefold, InvalidEvent, PositionsError, Unavailable
 from positions.handlers.apply_events import apply_events
 from positions.handlers.write_changes import Rules
@@ -23,6 +24,7 @@ log = structlog.get_logger(__name__)
 TASK_NAME = "positions.apply_events"
 # A canonical log line names so many trace ids; the ledger has them all.
 _TRACE_IDS_LOGGED = 20
+_OUTCOMES = metrics.EVENTS.labels["outcome"]
 
 
 class RawMessage(NamedTuple):
@@ -74,6 +76,7 @@ def apply_batch(messages: Sequence[RawMessage], *, park: str | None = None) -> d
         raise PositionsError("out of memory") from error
     counts["quarantined"] += len(refused)
     result = {name: count for name, count in sorted(counts.items()) if count}
+    _count(messages, events, counts)
     traces = dict.fromkeys(event.trace_id for event in events if event.trace_id)
     log.info(
         "events_applied",
@@ -95,10 +98,29 @@ def apply_batch(messages: Sequence[RawMessage], *, park: str | None = None) -> d
     return result
 
 
+def _count(messages: Sequence[RawMessage], events: Sequence[Event], counts: Counter[str]) -> None:
+    """Tell Prometheus of a batch that was committed, in a few steps for all of it."""
+    now = datetime.now(UTC)
+    for outcome in _OUTCOMES:
+        if count := counts[outcome]:
+            metrics.EVENTS.inc(outcome, by=count)
+    metrics.REFOLDS.inc(by=counts["refolded"])
+    metrics.BREAKS.inc(by=counts["breaks"])
+    kinds = Counter("exchange_report" if isinstance(event, Report) else event.kind.value for event in events)
+    for kind, count in kinds.items():
+        metrics.EVENT_KINDS.inc(kind, by=count)
+    metrics.BATCH_MESSAGES.observe(len(messages))
+    metrics.INTAKE_LAG.observe((now - messages[0].received_at).total_seconds())
+    happened = [event.at if isinstance(event, Report) else event.executed_at for event in events]
+    if happened:
+        metrics.EVENT_LAG.observe(max((now - max(happened)).total_seconds(), 0.0))
+
+
 def _apply(
     own: resources.Resources, events: Sequence[Event], refused: Sequence[Refused], counts: Counter[str]
 ) -> None:
     """Apply a batch in one transaction; a position that would hold up the others, alone after it."""
+    started = time.perf_counter()
     try:
         outcome = in_transaction(
             own.engine,
@@ -113,6 +135,7 @@ def _apply(
         for key in deep.positions:
             _apply(own, [each for each in events if each.position == key], [], counts)
     else:
+        metrics.COMMITS.observe(time.perf_counter() - started)
         counts.update(outcome.counts)
 
 

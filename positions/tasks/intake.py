@@ -35,6 +35,7 @@ from celery.worker import state
 from celery.worker.request import Request
 from kombu.utils.uuid import uuid
 
+from positions import metrics
 from positions.errors import ConcurrencyConflict, Unavailable
 from positions.settings import Settings
 from positions.storage.broker import INTAKE_QUEUE
@@ -292,12 +293,15 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         # Work in Python ends at the soft limit; what only the hard one ends is a wait for the database.
         away = isinstance(failure, Unavailable | TimeLimitExceeded)
         if isinstance(failure, ConcurrencyConflict):
+            metrics.BATCHES_FAILED.inc("given_back")
             log_failure.warning("batch_given_back")
             self.settlement.give_back(batch.tags)
         elif away or batch.park is not None:
+            metrics.BATCHES_FAILED.inc("held")
             log_failure.warning("batch_held", wait_s=batch.waits_s)
             self._hold(batch, attempts=batch.attempts, park=batch.park)
         elif len(batch.messages) > 1:
+            metrics.BATCHES_FAILED.inc("isolated")
             log_failure.error("batch_isolated")
             pairs = zip(batch.messages, batch.tags, strict=True)
             self._ready.extend(Batch(self, [message], [tag]) for message, tag in pairs)
@@ -305,6 +309,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
             attempts = batch.attempts + 1
             log_failure.error("event_failed_alone", attempts=attempts)
             given_up = attempts >= ALONE_ATTEMPTS
+            metrics.BATCHES_FAILED.inc("parked" if given_up else "alone")
             park = f"failed {attempts} times alone: {_reason(failure)}" if given_up else None
             self._hold(batch, attempts=attempts, park=park)
         self._hand_over()

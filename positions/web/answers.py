@@ -6,10 +6,10 @@ from typing import Any
 from flask import Response, request
 from sqlalchemy import Connection
 
+from positions import metrics
 from positions.storage import portfolio
 from positions.storage.database import transaction
 from positions.web.memory import TAG_CHARS, Answer
-from positions.web.metrics import cache_outcome
 from positions.web.resources import resources
 
 
@@ -56,7 +56,7 @@ def kept_by_all(name: str, make: Callable[[Connection], Mapping[str, Mapping[str
             found = own.answers.get(name, asked)
             if found is None:
                 return respond(_shared(name, asked, make))
-    cache_outcome("hit")
+    metrics.PORTFOLIO_CACHE.inc("hit")
     return respond(found)
 
 
@@ -71,7 +71,7 @@ def _shared(name: str, asked: int, make: Callable[[Connection], Mapping[str, Map
         return made_at, {each: answer.tag.encode() + answer.body for each, answer in answers.items()}
 
     version, stored, outcome = own.metrics.get(asked, name, made, era=own.version.era)
-    cache_outcome(outcome)
+    metrics.PORTFOLIO_CACHE.inc(outcome)
     found = Answer(stored[TAG_CHARS:], stored[:TAG_CHARS].decode())
     own.answers.put(name, version, found)
     return found

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import structlog
 from gunicorn import glogging
 from gunicorn.http import wsgi
 
-from positions import log_config
+from positions import log_config, metrics
 from positions.settings import PREFIX, Settings, SettingsError, load
 from positions.storage.database import bound_waits
-from positions.web import metrics
 from positions.web.auth import keys_of
 
 _KEYS = f"{PREFIX}API_KEYS"
@@ -109,20 +107,15 @@ wsgi.SERVER = _settings.service_name
 # A socket that commands this process, in the home folder of whoever runs it: nothing of ours uses it.
 control_socket_disable = True
 
-_METRICS = "PROMETHEUS_MULTIPROC_DIR"
+_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
 def on_starting(server: Any) -> None:
-    """Make the folder of the metrics, or empty it: what was counted before a restart is Prometheus's."""
-    folder = os.environ.get(_METRICS)
-    if not folder:
-        # By address, so that what a kill -9 left is found and used again.
-        name = f"positions-metrics-{os.getuid()}-{_settings.port}"
-        folder = os.environ[_METRICS] = str(Path(worker_tmp_dir or tempfile.gettempdir()) / name)
-        server.made_for_metrics = folder
-    Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-    for file in Path(folder).glob("*.db"):
-        file.unlink()
+    """Make the folder of the metrics."""
+    given = os.environ.get(_FOLDER)
+    folder = Path(given) if given else metrics.folder_for(_settings.port)
+    server.made_for_metrics = None if given else folder
+    os.environ[_FOLDER] = metrics.emptied(folder)
 
 
 def on_reload(server: Any) -> None:
@@ -153,5 +146,5 @@ def pre_fork(server: Any, worker: Any) -> None:
 def post_fork(server: Any, worker: Any) -> None:
     """Set up what is of one process."""
     del server
-    metrics.keep_in(os.environ[_METRICS], str(worker.number))
+    metrics.keep_in(os.environ[_FOLDER], str(worker.number))
     bound_waits()

@@ -24,6 +24,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from werkzeug.middleware.proxy_fix import ProxyFix
 
+from positions import metrics
 from positions.settings import REDIS_SCHEMES, Settings
 from positions.web.problems import problem
 
@@ -156,6 +157,7 @@ def _window(limit: RequestLimit) -> tuple[int, int]:
 
 
 def _refused(_: RateLimitExceeded) -> Response:
+    metrics.LIMITED.inc("key" if "key" in g else "address")
     if "key" in g:
         detail = f"The key {g.key.name} may make {g.key.requests_per_minute} requests a minute."
     else:

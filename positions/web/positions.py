@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, RootModel
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import Connection
 
+from positions import metrics
 from positions.domain.events import Mode, PositionKey
 from positions.handlers.validate_position import validate_position
 from positions.messages.outbound import (
@@ -23,7 +24,6 @@ from positions.queries.executions import Place, executions
 from positions.queries.positions import PAGE_MAX, Status, position, positions
 from positions.storage.database import in_transaction, transaction
 from positions.web.answers import kept
-from positions.web.metrics import validated
 from positions.web.openapi import OF_BODY, TAGGED, api
 from positions.web.parameters import (
     Asset,
@@ -217,7 +217,7 @@ def validate(path: OfAsset, query: Validated) -> Response:
         ),
         retry=own.retry,
     )
-    validated("valid" if found.is_valid else "repaired" if found.updated else "invalid")
+    metrics.VALIDATIONS.inc("valid" if found.is_valid else "repaired" if found.updated else "invalid")
     updated = None
     if found.updated:
         with transaction(own.reads) as connection:

@@ -24,6 +24,8 @@ def environment(database_url: str, broker_url: str, redis_url: str, **settings: 
         **inherited,
         **environ(database_url, broker_url, redis_url),
         "POSITION_MANAGER_LOG_FORMAT": "json",
+        # Of several at a time only one could have the port.
+        "POSITION_MANAGER_METRICS_PORT": "0",
         "PYTHONPATH": str(ROOT),
         **{f"POSITION_MANAGER_{name.upper()}": value for name, value in settings.items()},
     }

@@ -15,6 +15,7 @@ from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Engine, insert, update
 
+from positions.metrics import PORTFOLIO_CACHE, VALIDATIONS
 from positions.storage import quarantine, tables
 from positions.web import metrics
 from tests.integration.api import KEY, QUEUE, Make, environ, served, store
@@ -129,8 +130,8 @@ def test_lookups_and_validations_are_counted(make_app: Make, database_url: str) 
     app = make_app(database_url)
     before = _scrape(app)
     for outcome in ("hit", "hit", "miss", "unavailable"):
-        metrics.cache_outcome(outcome)
-    metrics.validated("valid")
+        PORTFOLIO_CACHE.inc(outcome)
+    VALIDATIONS.inc("valid")
     after = _scrape(app)
     for name, outcome, more in (
         ("portfolio_cache_total", "hit", 2),
@@ -167,6 +168,21 @@ def test_requests_for_the_portfolio_count_as_lookups(
     assert _short(app)["portfolio_cache_hit_rate"] == pytest.approx(
         lookups(after, "hit") / lookups(after, *every)
     )
+
+
+def test_requests_that_were_refused_are_counted_by_whose_limit_it_was(
+    make_app: Make, database_url: str, redis_url: str
+) -> None:
+    app = make_app(database_url, redis=redis_url, POSITION_MANAGER_RATE_LIMIT_DEFAULT="3")
+    client = app.test_client()
+    before = _scrape(app)
+    right = [client.get("/api/v1/positions", headers=WITH_KEY).status_code for _ in range(5)]
+    wrong = [client.get("/api/v1/positions", headers={"X-API-Key": "no"}).status_code for _ in range(23)]
+    after = _scrape(app)
+    assert (right.count(429), wrong.count(429)) == (2, 3)
+    for whose, more in (("key", 2), ("address", 3)):
+        name = "http_limited_requests_total"
+        assert (_of(after, name, whose=whose) or 0) - (_of(before, name, whose=whose) or 0) == more
 
 
 def test_requests_to_validate_are_counted_by_what_they_found(

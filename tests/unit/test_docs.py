@@ -3,6 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
+
+from tools import reference
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -12,3 +16,8 @@ def test_every_test_named_in_the_rules_exists() -> None:
     for file, test in named:
         sources = [path.read_text() for path in (ROOT / "tests").rglob(file)]
         assert any(f"def {test}(" in source for source in sources), (file, test)
+
+
+@pytest.mark.parametrize("path", reference.PAGES)
+def test_reference_is_what_the_code_says(path: str) -> None:
+    assert (ROOT / path).read_text() == reference.PAGES[path](), "make docs"

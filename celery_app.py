@@ -15,6 +15,7 @@ from positions import log_config
 from positions.settings import load
 from positions.storage.broker import transport_options
 from positions.tasks import resources
+from positions.tasks.alive import Alive
 from positions.tasks.intake import Drain, Intake, guard_properties
 from positions.tasks.measured import measure
 
@@ -75,6 +76,7 @@ app.conf.update(
 )
 app.steps["consumer"].add(Intake)
 app.steps["worker"].add(Drain)
+app.steps["worker"].add(Alive)
 guard_properties()
 measure(settings)
 

@@ -40,6 +40,7 @@ def relay() -> None:
     """Publish the outbox to the broker until stopped; of several relays one works, the others wait."""
     from positions import log_config, metrics
     from positions.handlers.relay_outbox import relay_outbox
+    from positions.liveness import touching
     from positions.storage.database import connect
 
     own = settings.load()
@@ -49,7 +50,14 @@ def relay() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     engine = connect(own.database, pool_size=1, application=f"{own.service_name} relay")
-    relay_outbox(engine, own.broker, stopping=stopped.is_set)
+    touch = touching(own.alive_file)
+
+    def stopping() -> bool:
+        # Asked at every turn of the relay's loop and while it waits, but not while it is stuck.
+        touch()
+        return stopped.is_set()
+
+    relay_outbox(engine, own.broker, stopping=stopping)
 
 
 @cli.command(context_settings={"show_default": True})

@@ -314,6 +314,11 @@ class Settings(BaseModel):
     worker_concurrency: int = Field(
         2, validation_alias=_env("WORKER_CONCURRENCY"), ge=1, le=64, description="Pool size of a worker."
     )
+    alive_file: str | None = Field(
+        None,
+        validation_alias=_env("ALIVE_FILE"),
+        description="File that a worker or relay touches every few seconds while it gets on, for probes.",
+    )
     simulator: Literal["auto", "on", "off"] = Field(
         "auto",
         validation_alias=_env("SIMULATOR"),

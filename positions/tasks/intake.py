@@ -216,6 +216,11 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self._ready: deque[Batch] = deque()
         self._in_flight: set[str] = set()
 
+    @property
+    def in_flight(self) -> frozenset[str]:
+        """Ids of the batches that the pool has."""
+        return frozenset(self._in_flight)
+
     def start(self, c: Any) -> None:
         """Open the channel; consuming begins when the event loop does, or a backlog would find no pool."""
         for queue in self.settings.queues:

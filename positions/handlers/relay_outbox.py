@@ -104,8 +104,10 @@ def _locked(session: Connection) -> bool:
 def _publisher(connection: Broker) -> Callable[[Sequence[Any]], list[int]]:
     """Declare where messages go, and return what publishes rows and returns the ids that arrived."""
     channel = connection.channel()
+    _exchange(channel).declare()
     for queue in _queues:
-        queue(channel).declare()
+        broker.ensure_queue(connection, queue.name)
+        queue(channel).queue_bind()
     if connection.transport.driver_type == "amqp":
         return _Confirmed(connection, channel).publish
     producer = Producer(channel)

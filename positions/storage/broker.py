@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import structlog
 from kombu import Connection
+
+log = structlog.get_logger(__name__)
 
 CONNECT_S = 5.0
 INTAKE_QUEUE = "position-manager.intake"
@@ -47,3 +50,18 @@ def connect(url: str) -> Connection:
         connect_timeout=CONNECT_S,
         transport_options=transport_options(url),
     )
+
+
+def ensure_queue(connection: Any, queue: str) -> None:
+    """Declare ``queue``, plain and durable, only if it is missing.
+
+    Its owner, or an operator, may have declared it with arguments of his own, as a quorum queue or with
+    limits: to declare it again without them would be an error of the channel.
+    """
+    try:
+        with connection.channel() as channel:
+            channel.queue_declare(queue=queue, passive=True)
+    except connection.channel_errors:
+        with connection.channel() as channel:
+            channel.queue_declare(queue=queue, durable=True, auto_delete=False)
+        log.info("queue_declared", queue=queue)

@@ -38,7 +38,7 @@ from kombu.utils.uuid import uuid
 from positions import metrics
 from positions.errors import ConcurrencyConflict, Unavailable
 from positions.settings import Settings
-from positions.storage.broker import INTAKE_QUEUE
+from positions.storage.broker import INTAKE_QUEUE, ensure_queue
 from positions.tasks import resources
 from positions.tasks.events import TASK_NAME, RawMessage
 
@@ -224,7 +224,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
     def start(self, c: Any) -> None:
         """Open the channel; consuming begins when the event loop does, or a backlog would find no pool."""
         for queue in self.settings.queues:
-            _ensure_queue(c.connection, queue)
+            ensure_queue(c.connection, queue)
         channel = c.connection.channel()
         channel.auto_decode = False  # py-amqp would turn bodies into str
         # Enough for every process of the pool, and one batch more that fills meanwhile.
@@ -232,7 +232,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         channel.basic_qos(0, min(prefetch, PREFETCH_MAX), False)
         self.settlement = Settlement(channel, multiple=c.connection.transport.driver_type == "amqp")
         if self.settlement.multiple:
-            _ensure_queue(c.connection, INTAKE_QUEUE)
+            ensure_queue(c.connection, INTAKE_QUEUE)
 
     def register_with_event_loop(self, c: Any, hub: Any) -> None:
         """Begin to consume."""
@@ -428,17 +428,6 @@ def _reason(failure: BaseException | None) -> str:
     """Return what went wrong in one line."""
     lines = str(failure).splitlines() or [""]
     return f"{type(failure).__name__}: {lines[0][:200]}"
-
-
-def _ensure_queue(connection: Any, queue: str) -> None:
-    """Declare ``queue`` only if it is missing: its owner may have declared it with arguments of his own."""
-    try:
-        with connection.channel() as channel:
-            channel.queue_declare(queue=queue, passive=True)
-    except connection.channel_errors:
-        with connection.channel() as channel:
-            channel.queue_declare(queue=queue, durable=True, auto_delete=False)
-        log.info("queue_declared", queue=queue)
 
 
 def _plain(properties: dict[str, Any]) -> dict[str, Any]:

@@ -158,3 +158,16 @@ def test_on_redis_the_newest_are_kept(
         assert wait_until(lambda: left(engine) == 0, limit_s=30)
     with redis.Redis.from_url(redis_url) as client:
         assert client.llen(QUEUE) == 40
+
+
+def test_queues_that_an_operator_declared_with_arguments_are_taken_as_they_are(
+    engine: Engine, database_url: str, broker_url: str
+) -> None:
+    with closing(channel_of(broker_url)) as broker, closing(broker.channel()) as channel:
+        arguments = {"x-queue-type": "quorum", "x-max-length": 1000}
+        channel.queue_declare(QUEUE, durable=True, auto_delete=False, arguments=arguments)
+    write(engine, 0, 300)
+    with relay(database_url, broker_url):
+        assert wait_until(lambda: left(engine) == 0, limit_s=60)
+    with closing(channel_of(broker_url)) as broker, closing(broker.channel()) as channel:
+        assert wait_until(lambda: channel.queue_declare(QUEUE, passive=True).message_count == 300, limit_s=60)

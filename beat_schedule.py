@@ -22,4 +22,9 @@ SCHEDULE: dict[str, Job] = {
         "every": "portfolio_update_interval",
         "queue": TASK_QUEUE,
     },
+    "take snapshots": {
+        "task": "positions.take_snapshots",
+        "every": "snapshot_tick",
+        "queue": JOBS_QUEUE,
+    },
 }

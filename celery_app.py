@@ -34,7 +34,8 @@ def _entry(job: Job) -> dict[str, Any]:
     }
 
 
-app = Celery("positions", include=["positions.tasks.events", "positions.tasks.portfolio"])
+_TASKS = ("events", "portfolio", "snapshots")
+app = Celery("positions", include=[f"positions.tasks.{name}" for name in _TASKS])
 app.conf.update(
     broker_url=settings.broker,
     broker_transport_options=transport_options(settings.broker),

@@ -379,6 +379,11 @@ class Settings(BaseModel):
         password = f":{quote(self.redis_password.get_secret_value(), '')}@" if self.redis_password else ""
         return f"redis://{password}{self.redis_host or '127.0.0.1'}:{self.redis_port}/0"
 
+    @property
+    def snapshot_tick(self) -> int:
+        """How often, in seconds, is looked for snapshots to take: soon again where one could not be taken."""
+        return min(self.snapshot_interval, 60)
+
     @cached_property
     def keys(self) -> tuple[KeyEntry, ...]:
         """The keys of `api_keys`.

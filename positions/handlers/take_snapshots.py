@@ -13,7 +13,7 @@ from positions.domain.numbers import exact
 from positions.errors import NotFound
 from positions.messages.outbound import PositionView, SnapshotView, snapshot_data
 from positions.messages.published import SNAPSHOT_CREATED, position_snapshot_created
-from positions.storage import outbox, snapshots
+from positions.storage import outbox, slots, snapshots
 from positions.storage.snapshots import Snapshot
 
 
@@ -45,6 +45,56 @@ def take_snapshots(
     for key in keys or ():
         if key not in found:
             raise NotFound(f"There is no {key.mode} position in {key.asset}.")
+    return _keep(connection, rows, at=at, stale_after=stale_after, trace_id=trace_id)
+
+
+def take_slot(
+    connection: Connection,
+    slot: datetime,
+    rows: Sequence[Mapping[Any, Any]] | None,
+    *,
+    interval: timedelta,
+    since: datetime,
+    stale_after: timedelta,
+) -> list[SnapshotView] | None:
+    """Keep every position open at ``slot``, or closed since its last snapshot; None if it was done before.
+
+    Args:
+        connection: in a transaction that has read no snapshots yet.
+        slot: a moment that scheduled snapshots are of.
+        rows: what positions were then (:func:`positions.storage.past.cut_at`); None: what they are.
+        interval: from slot to slot.
+        since: older slots that were missed are left out.
+        stale_after: age from which a price is stale.
+    """
+    if not slots.claim(connection, slot, interval=interval, since=since):
+        return None
+    snapshots.make_partition(connection, snapshots.month_of(slot))
+    rows = snapshots.cut(connection, None) if rows is None else rows
+    flat = {row["id"]: row for row in rows if not (row["long_size"] or row["short_size"])}
+    last = snapshots.newest_before(connection, list(flat), slot)
+    told = {id_ for id_, row in flat.items() if _is_told(row, last.get(id_))}
+    wanted = [row for row in rows if row["id"] not in told]
+    return _keep(connection, wanted, at=slot, stale_after=stale_after)
+
+
+def _is_told(flat: Mapping[Any, Any], last: Mapping[Any, Any] | None) -> bool:
+    """Tell whether a flat position's last snapshot, or its having none, tells all there is to tell of it."""
+    if last is None:
+        return flat["closed_at"] is None and not flat["realized_pnl"]
+    closed_since = flat["closed_at"] is not None and flat["closed_at"] > last["created_at"]
+    return not closed_since and last["exposure"] == 0 and last["realized_pnl"] == flat["realized_pnl"]
+
+
+def _keep(
+    connection: Connection,
+    rows: Sequence[Mapping[Any, Any]],
+    *,
+    at: datetime,
+    stale_after: timedelta,
+    trace_id: str = "",
+) -> list[SnapshotView]:
+    """Keep rows as of :func:`positions.storage.snapshots.cut`, tell of the new ones, and return them."""
     taken = {
         row["id"]: PositionView.of(
             row, portfolio_exposure=row["portfolio_exposure"], now=at, stale_after=stale_after

@@ -7,7 +7,7 @@ that was taken a little after its moment may know of later reports alone: so the
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from decimal import Decimal
 
@@ -29,7 +29,7 @@ from positions.domain.position import (
     with_report,
 )
 from positions.domain.reports import SIZED_KEPT
-from positions.storage import fold_points, ledger, positions, snapshots
+from positions.storage import codec, fold_points, ledger, positions, snapshots
 from positions.storage.positions import Stored
 
 LATE = timedelta(hours=1)
@@ -52,6 +52,33 @@ class Past:
     def exposure(self) -> Decimal | None:
         """Gross, in USDT; None when open without a price. To be asked for inside `exact`."""
         return position_exposure(self.figures.long_size - self.figures.short_size, self.figures.current_price)
+
+
+def cut_at(connection: Connection, at: datetime, policy: Policy) -> list[Mapping[str, object]]:
+    """Return all positions there were at the moment ``at``, like :func:`positions.storage.snapshots.cut`.
+
+    Args:
+        connection: only read from, and of one moment (REPEATABLE READ).
+        at: of events' own times, itself included.
+        policy: who wins when sources disagree.
+    """
+    past = positions_at(connection, positions.keys(connection), at, policy)
+    exposure = gross_exposure(past.values())
+    return [
+        {
+            **{field.name: getattr(each.figures, field.name) for field in fields(Figures)},
+            "id": each.stored.id,
+            "asset": key.asset,
+            "mode": str(key.mode),
+            "version": each.stored.version,
+            "last_updated": each.last_updated,
+            "last_snapshot_at": each.last_snapshot_at,
+            "created_at": each.stored.created_at,
+            "state": codec.encode(each.state),
+            "portfolio_exposure": exposure,
+        }
+        for key, each in sorted(past.items())
+    ]
 
 
 def gross_exposure(past: Iterable[Past]) -> Decimal:

@@ -36,7 +36,9 @@ _INSERT = f"""
 # Locked in key order, as batches of events lock positions. The version stays: nothing of a position changed.
 _MARK = """
     WITH locked AS MATERIALIZED (
-        SELECT id FROM positions WHERE id = ANY(%(ids)s::uuid[]) ORDER BY asset, mode FOR NO KEY UPDATE
+        SELECT id FROM positions
+        WHERE id = ANY(%(ids)s::uuid[]) AND (last_snapshot_at < %(at)s OR last_snapshot_at IS NULL)
+        ORDER BY asset, mode FOR NO KEY UPDATE
     )
     UPDATE positions p SET last_snapshot_at = greatest(p.last_snapshot_at, %(at)s)
     FROM locked WHERE p.id = locked.id
@@ -52,6 +54,14 @@ _CUT = select(
     positions, GROSS_EXPOSURE.correlate(None).scalar_subquery().label("portfolio_exposure")
 ).order_by(positions.c.asset, positions.c.mode)
 
+_NEWEST_BEFORE = """
+    SELECT v.id, s.created_at, s.exposure, s.realized_pnl
+    FROM unnest(%(ids)s::uuid[]) AS v (id)
+    CROSS JOIN LATERAL (
+        SELECT created_at, exposure, realized_pnl FROM position_snapshots
+        WHERE position_id = v.id AND created_at < %(at)s ORDER BY created_at DESC LIMIT 1
+    ) s
+"""
 _STATES = """
     SELECT s.position_id, s.asset, s.mode, s.created_at, s.snapshot_data -> 'state' AS state
     FROM unnest(%(ids)s::uuid[]) AS v (id)
@@ -169,6 +179,12 @@ def mark_taken(connection: Connection, position_ids: Sequence[str], *, at: datet
     """Say of positions that their last snapshot is of ``at``, unless they have a later one."""
     if position_ids:
         connection.exec_driver_sql(_MARK, {"ids": list(position_ids), "at": at})
+
+
+def newest_before(connection: Connection, position_ids: Sequence[str], at: datetime) -> dict[str, RowMapping]:
+    """Return `created_at`, `exposure` and `realized_pnl` of each position's last snapshot before ``at``."""
+    rows = connection.exec_driver_sql(_NEWEST_BEFORE, {"ids": list(position_ids), "at": at}).mappings()
+    return {str(row["id"]): row for row in rows}
 
 
 def month_of(at: datetime) -> datetime:

@@ -5,6 +5,7 @@ Sizes, prices and money are ``NUMERIC(38, 18)``; times are ``timestamptz``, UTC.
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -204,6 +205,14 @@ api_keys = Table(
     CheckConstraint("digest ~ '^[0-9a-f]{64}$'", name="digest"),
     CheckConstraint("role IN ('read', 'operate')", name="role"),
     CheckConstraint("requests_per_minute > 0", name="requests_per_minute"),
+)
+
+# The moments that scheduled snapshots are of; not taken: missed, and to be made up for.
+snapshot_slots = Table(
+    "snapshot_slots",
+    metadata,
+    Column("at", Time, primary_key=True),
+    Column("taken", Boolean, nullable=False),
 )
 
 # Partitioned by month of created_at (positions.storage.snapshots); no foreign key, which would slow every

@@ -15,7 +15,7 @@ def run() -> None:
         connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LOCK})
         # Only from here on: who waits for another deployment's migration may wait.
         connection.execute(
-            text("SET lock_timeout = '5s'; SET statement_timeout = '300s'; SET timezone = 'UTC'")
+            text("SET lock_timeout = '2s'; SET statement_timeout = '300s'; SET timezone = 'UTC'")
         )
         connection.commit()
         context.configure(

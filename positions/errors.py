@@ -37,6 +37,10 @@ class DeepRefold(PositionsError):
         self.positions = positions
 
 
+class Suspected(PositionsError):
+    """Messages that were begun before and did not end, perhaps as their worker did: each is to go alone."""
+
+
 class Unavailable(PositionsError):
     """Database, broker or cache cannot be reached now; the same call may succeed later."""
 

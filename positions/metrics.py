@@ -290,6 +290,7 @@ LAST_EVENT_AGE = Gauge(
     "last_event_age_seconds", "Since an event was last recorded or moved a position.", by=("web",)
 )
 QUARANTINE = Gauge("quarantine_messages", "Messages in quarantine.", by=("web",))
+SUSPECTED = Gauge("suspected_messages", "Messages that seem to end their worker.", by=("web",))
 QUEUE_MESSAGES = Gauge("queue_messages", "Messages that wait in a queue.", by=("web",), queue=())
 QUEUE_CONSUMERS = Gauge("queue_consumers", "Consumers of a queue.", by=("web",), queue=())
 QUEUE_OWN_CONSUMERS = Gauge("queue_own_consumers", "Those of them that are ours.", by=("web",), queue=())

@@ -1,16 +1,17 @@
 """What the database says of the service's health, cheap enough to be asked every few seconds."""
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 
 from sqlalchemy import Connection, func, select
 
 from positions.errors import Unavailable
 from positions.storage.portfolio import is_open
-from positions.storage.tables import ledger, outbox, positions, quarantine
+from positions.storage.tables import attempts, ledger, outbox, positions, quarantine
 
 COUNT_MAX = 100_000
+SUSPECTED_FOR = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +28,8 @@ class Activity:
     """When the oldest of them was written."""
     quarantine: int
     """Messages in quarantine that were not replayed, counted up to `COUNT_MAX`."""
+    suspected: int
+    """Messages that seem to end their worker: begun alone lately, and not ended."""
 
 
 def activity(connection: Connection) -> Activity:
@@ -35,6 +38,8 @@ def activity(connection: Connection) -> Activity:
     recorded_at = select(ledger.c.recorded_at).order_by(ledger.c.id.desc()).limit(1).scalar_subquery()
     unpublished = select(outbox.c.id).limit(COUNT_MAX).subquery()
     refused = select(quarantine.c.id).where(quarantine.c.replayed_at.is_(None)).limit(COUNT_MAX).subquery()
+    lately = func.now() - SUSPECTED_FOR
+    suspected = select(func.count()).where(attempts.c.alone > 0, attempts.c.last_begun_at > lately)
     found = connection.execute(
         select(
             func.count().label("positions_count"),
@@ -47,6 +52,7 @@ def activity(connection: Connection) -> Activity:
             .scalar_subquery()
             .label("outbox_oldest_at"),
             select(func.count()).select_from(refused).scalar_subquery().label("quarantine"),
+            suspected.scalar_subquery().label("suspected"),
         ).select_from(positions)
     )
     return Activity(**found.mappings().one())

@@ -45,7 +45,12 @@ class Refused:
     @property
     def digest(self) -> str:
         """SHA-256 of queue and body: the same message again is the same row."""
-        return hashlib.sha256(self.queue.encode() + b"\0" + self.body).hexdigest()
+        return digest_of(self.queue, self.body)
+
+
+def digest_of(queue: str, body: bytes) -> str:
+    """Return by what a message is known: SHA-256 of its queue and body."""
+    return hashlib.sha256(queue.encode() + b"\0" + body).hexdigest()
 
 
 def add(connection: Connection, refused: Sequence[Refused], *, now: datetime) -> None:

@@ -169,6 +169,19 @@ quarantine = Table(
     UniqueConstraint("digest"),
 )
 
+# Messages delivered again that were begun and did not end yet (positions.storage.attempts).
+attempts = Table(
+    "attempts",
+    metadata,
+    # As in quarantine.
+    Column("digest", String(64), primary_key=True),
+    Column("queue", Text, nullable=False),
+    # How often it was begun with nothing beside it.
+    Column("alone", Integer, nullable=False),
+    Column("first_begun_at", Time, nullable=False),
+    Column("last_begun_at", Time, nullable=False),
+)
+
 # One row: how the portfolio stood when portfolio_updated was last published.
 portfolio_mark = Table(
     "portfolio_mark",

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -11,17 +12,27 @@ from celery import shared_task
 
 from positions import metrics
 from positions.domain.events import Event, Report
-from positions.errors import ConcurrencyConflict, DeepRefold, InvalidEvent, PositionsError, Unavailable
+from positions.errors import (
+    ConcurrencyConflict,
+    DeepRefold,
+    InvalidEvent,
+    PositionsError,
+    Suspected,
+    Unavailable,
+)
 from positions.handlers.apply_events import apply_events
 from positions.handlers.write_changes import Rules
 from positions.messages import inbound
-from positions.storage.database import in_transaction
-from positions.storage.quarantine import Refused
+from positions.storage import attempts
+from positions.storage.database import in_transaction, transaction
+from positions.storage.quarantine import Refused, digest_of
 from positions.tasks import resources
 
 log = structlog.get_logger(__name__)
 
 TASK_NAME = "positions.apply_events"
+ALONE_ATTEMPTS = 3
+"""A message that failed so often alone is put into quarantine."""
 # A canonical log line names so many trace ids; the ledger has them all.
 _TRACE_IDS_LOGGED = 20
 _OUTCOMES = metrics.EVENTS.labels["outcome"]
@@ -41,19 +52,58 @@ class RawMessage(NamedTuple):
     name=TASK_NAME,
     Request="positions.tasks.intake:BatchRequest",
     # Expected while the database is away or writers collide: logged in one line, without a traceback.
-    throws=(Unavailable, ConcurrencyConflict),
+    throws=(Unavailable, ConcurrencyConflict, Suspected),
 )
-def apply_batch(messages: Sequence[RawMessage], *, park: str | None = None) -> dict[str, int]:
+def apply_batch(
+    messages: Sequence[RawMessage],
+    *,
+    park: str | None = None,
+    redelivered: bool = False,
+    lonely: bool = False,
+) -> dict[str, int]:
     """Apply a batch of messages and return how many had which outcome (shown in Flower).
 
     Args:
         messages: what to apply.
         park: put all of them into quarantine undecoded, for this reason.
+        redelivered: they were delivered before: whether one of them ends its worker is kept account of.
+        lonely: it is one message, and this worker does nothing else meanwhile.
 
     Raises:
         Unavailable: the database is away; nothing was applied, the intake holds the batch.
         ConcurrencyConflict: nothing was applied; the messages go back to their queue.
+        Suspected: nothing was applied; each message is to come again lonely.
     """
+    if not redelivered:
+        return _apply_batch(messages, park=park)
+    own = resources.current()
+    queues = {digest_of(message.queue, message.body): message.queue for message in messages}
+
+    def done() -> None:
+        # Where the database is away they stay suspected, which costs them time only.
+        with suppress(Unavailable), transaction(own.engine) as connection:
+            attempts.done(connection, list(queues), now=datetime.now(UTC))
+
+    # Tried once: with the tries of what follows it must end before the soft limit.
+    with transaction(own.engine) as connection:
+        begun = attempts.begun(connection, queues, alone=lonely, now=datetime.now(UTC))
+    if not lonely and (suspects := sum(known for _, known in begun.values())):
+        raise Suspected(f"{suspects} of {len(messages)} were begun before and did not end")
+    for digest, (alone, _) in begun.items():
+        if lonely:
+            log.warning("event_suspected", queue=queues[digest], digest=digest, attempts=alone)
+        if alone > ALONE_ATTEMPTS:
+            park = park or f"begun {alone - 1} times alone and never ended: it takes its worker with it"
+    try:
+        result = _apply_batch(messages, park=park)
+    except (ConcurrencyConflict, Unavailable):
+        done()  # no fault of theirs
+        raise
+    done()
+    return result
+
+
+def _apply_batch(messages: Sequence[RawMessage], *, park: str | None) -> dict[str, int]:
     started = time.perf_counter()
     own = resources.current()
     counts: Counter[str] = Counter()

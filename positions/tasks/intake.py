@@ -15,8 +15,13 @@ so slow that the task was killed
 its process was lost, or an unexpected     each message travels alone, so that one poison message
 error                                      takes no neighbour down; a message that failed alone
                                            `ALONE_ATTEMPTS` times is put into quarantine
-the connection to the broker was lost      nothing: the broker delivers again, the ledger knows
+the connection to the broker was lost,     nothing: the broker delivers again, the ledger knows
+or this process
 =========================================  =====================================================
+
+What is delivered again travels apart from the rest, and the task keeps account of it in the database: a
+message that was begun before and did not end may have taken the whole worker with it. It is suspected, and
+applied with nothing beside it; one that was begun so `ALONE_ATTEMPTS` times is put into quarantine.
 """
 
 import time
@@ -30,21 +35,21 @@ import structlog
 from amqp import serialization
 from amqp.exceptions import FrameSyntaxError
 from celery import bootsteps
+from celery.concurrency.solo import TaskPool as Solo
 from celery.exceptions import TimeLimitExceeded
 from celery.worker import state
 from celery.worker.request import Request
 from kombu.utils.uuid import uuid
 
 from positions import metrics
-from positions.errors import ConcurrencyConflict, Unavailable
+from positions.errors import ConcurrencyConflict, Suspected, Unavailable
 from positions.settings import Settings
 from positions.storage.broker import INTAKE_QUEUE, ensure_queue
 from positions.tasks import resources
-from positions.tasks.events import TASK_NAME, RawMessage
+from positions.tasks.events import ALONE_ATTEMPTS, TASK_NAME, RawMessage
 
 log = structlog.get_logger(__name__)
 
-ALONE_ATTEMPTS = 3
 # A batch is also full at this size: it travels through a pipe to the pool in one piece.
 BATCH_BYTES_MAX = 1_000_000
 PREFETCH_MAX = 65_535  # the protocol's
@@ -98,9 +103,12 @@ class Batch:
         *,
         attempts: int = 0,
         park: str | None = None,
+        redelivered: bool = False,
+        lonely: bool = False,
     ) -> None:
         self.messages, self.tags, self.attempts = messages, tags, attempts
         self.park = park
+        self.redelivered, self.lonely = redelivered, lonely
         self.failure: BaseException | None = None
         self.waits_s = HOLD_FIRST_S
         """How long it waits before it is tried again, if it has to be."""
@@ -110,6 +118,8 @@ class Batch:
         by_queue = ", ".join(
             f"{count} {queue}" for queue, count in Counter(m.queue for m in messages).items()
         )
+        flags = {"redelivered": redelivered, "lonely": lonely}
+        options = {name: value for name, value in {"park": park, **flags}.items() if value}
         self.headers = {
             "lang": "py",
             "task": TASK_NAME,
@@ -117,13 +127,17 @@ class Batch:
             "root_id": self.id,
             "parent_id": None,
             "argsrepr": f"<{by_queue}>",
-            "kwargsrepr": repr({"park": park} if park else {}),
+            "kwargsrepr": repr(options),
             "origin": "intake",
             "ignore_result": True,
         }
         self.properties: dict[str, Any] = {}
-        self.delivery_info = {"exchange": "", "routing_key": "intake", "redelivered": attempts > 0}
-        self.body: tuple[Any, ...] = ((tuple(messages),), {"park": park}, {})
+        self.delivery_info = {
+            "exchange": "",
+            "routing_key": "intake",
+            "redelivered": redelivered,
+        }
+        self.body: tuple[Any, ...] = ((tuple(messages),), options, {})
         self.payload = self.body
 
     def ack_log_error(self, logger: Logger, errors: Any, multiple: bool = False) -> None:
@@ -213,8 +227,9 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self._bytes = 0
         self._since = 0.0
         self._timer_set = False
+        self._again: list[tuple[RawMessage, Any]] = []
         self._ready: deque[Batch] = deque()
-        self._in_flight: set[str] = set()
+        self._in_flight: dict[str, bool] = {}  # id to whether it is lonely
 
     @property
     def in_flight(self) -> frozenset[str]:
@@ -284,7 +299,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         """Acknowledge the messages of ``batch``."""
         if batch.settlement is not self.settlement or self.settlement is None:
             return  # the channel they came on is gone: they are delivered again, and found in the ledger
-        self._in_flight.discard(batch.id)
+        self._in_flight.pop(batch.id, None)
         self.settlement.acknowledge(batch.tags)
         self._hand_over()
 
@@ -292,7 +307,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         """Hold, give back or isolate the messages of ``batch``."""
         if batch.settlement is not self.settlement or self.settlement is None:
             return
-        self._in_flight.discard(batch.id)
+        self._in_flight.pop(batch.id, None)
         failure = batch.failure
         log_failure = log.bind(task_id=batch.id, messages=len(batch.messages), reason=_reason(failure))
         # Work in Python ends at the soft limit; what only the hard one ends is a wait for the database.
@@ -305,11 +320,14 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
             metrics.BATCHES_FAILED.inc("held")
             log_failure.warning("batch_held", wait_s=batch.waits_s)
             self._hold(batch, attempts=batch.attempts, park=batch.park)
-        elif len(batch.messages) > 1:
+        elif isinstance(failure, Suspected) or len(batch.messages) > 1:
             metrics.BATCHES_FAILED.inc("isolated")
-            log_failure.error("batch_isolated")
-            pairs = zip(batch.messages, batch.tags, strict=True)
-            self._ready.extend(Batch(self, [message], [tag]) for message, tag in pairs)
+            lonely = batch.redelivered
+            log_failure.error("batch_isolated", lonely=lonely)
+            self._ready.extend(
+                Batch(self, [message], [tag], redelivered=batch.redelivered, lonely=lonely)
+                for message, tag in zip(batch.messages, batch.tags, strict=True)
+            )
         else:
             attempts = batch.attempts + 1
             log_failure.error("event_failed_alone", attempts=attempts)
@@ -321,7 +339,15 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
 
     def _hold(self, batch: Batch, *, attempts: int, park: str | None) -> None:
         """Try the messages of ``batch`` again after its wait; the next one will be longer."""
-        again = Batch(self, batch.messages, batch.tags, attempts=attempts, park=park)
+        again = Batch(
+            self,
+            batch.messages,
+            batch.tags,
+            attempts=attempts,
+            park=park,
+            redelivered=batch.redelivered,
+            lonely=batch.lonely,
+        )
         again.waits_s = min(batch.waits_s * 2, HOLD_MAX_S)
         self._hub.call_later(batch.waits_s, self._resume, again)
 
@@ -336,17 +362,40 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         )
         properties = dict(message.properties)
         headers = properties.pop("application_headers", None) or getattr(message, "headers", None) or {}
+        raw = RawMessage(queue, body, headers, _plain(properties), datetime.now(UTC))
         self.settlement.opened(message.delivery_tag)
+        if message.delivery_info.get("redelivered"):
+            self._received_again(raw, message.delivery_tag)
+            return
         if not self._messages:
             self._since = time.monotonic()
         self._tags.append(message.delivery_tag)
-        self._messages.append(RawMessage(queue, body, headers, _plain(properties), datetime.now(UTC)))
+        self._messages.append(raw)
         self._bytes += len(body)
         if self._full():
             self._hand_over()
         if self._messages and not self._timer_set:
             self._timer_set = True
             self._hub.call_later(self.settings.batch_wait_ms / 1000, self._waited, self.settlement)
+
+    def _received_again(self, message: RawMessage, tag: Any) -> None:
+        """Collect what was delivered before into batches of its own."""
+        if not self._again:
+            self._hub.call_later(self.settings.batch_wait_ms / 1000, self._flush_again, self.settlement)
+        self._again.append((message, tag))
+        if len(self._again) >= self.settings.batch_size:
+            self._flush_again(self.settlement)
+
+    def _flush_again(self, settlement: Settlement | None) -> None:
+        if settlement is not self.settlement:
+            return
+        messages, tags = [message for message, _ in self._again], [tag for _, tag in self._again]
+        self._again.clear()
+        while messages:
+            length, _ = self._fitting(messages)
+            self._ready.append(Batch(self, messages[:length], tags[:length], redelivered=True))
+            del messages[:length], tags[:length]
+        self._hand_over()
 
     def _full(self) -> bool:
         return len(self._messages) >= self.settings.batch_size or self._bytes >= BATCH_BYTES_MAX
@@ -365,6 +414,8 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         """Give batches to the pool, one for each of its processes; what comes meanwhile fills the next."""
         capacity = self._capacity(self._consumer)
         while not self._stopping and len(self._in_flight) < capacity:
+            if self._in_flight and (any(self._in_flight.values()) or (self._ready and self._ready[0].lonely)):
+                return
             if self._ready:
                 batch = self._ready.popleft()
             elif self._messages and (
@@ -373,20 +424,28 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
                 batch = self._cut()
             else:
                 return
-            self._in_flight.add(batch.id)
+            self._in_flight[batch.id] = batch.lonely
             self._consumer.task_consumer.on_message(batch)
+            if isinstance(self._consumer.pool, Solo):
+                # It is done already, and its acknowledgement waits for the loop to come round.
+                self._hub.call_later(0.001, lambda: None)
 
     def _cut(self) -> Batch:
         """Return the next batch off the buffer."""
-        size = length = 0
-        for message in self._messages[: self.settings.batch_size]:
-            if length and size + len(message.body) > BATCH_BYTES_MAX:
-                break
-            size, length = size + len(message.body), length + 1
+        length, size = self._fitting(self._messages)
         batch = Batch(self, self._messages[:length], self._tags[:length])
         del self._messages[:length], self._tags[:length]
         self._bytes -= size
         return batch
+
+    def _fitting(self, messages: Sequence[RawMessage]) -> tuple[int, int]:
+        """Return how many of ``messages``, from the first, fit into a batch, and their bytes."""
+        size = length = 0
+        for message in messages[: self.settings.batch_size]:
+            if length and size + len(message.body) > BATCH_BYTES_MAX:
+                break
+            size, length = size + len(message.body), length + 1
+        return length, size
 
     def _capacity(self, c: Any) -> int:
         return int(getattr(c.pool, "num_processes", None) or c.controller.concurrency or 1)

@@ -165,6 +165,11 @@ def _warnings(
     if waiting and (idle is None or idle > STALLED_S):
         since = "ever" if idle is None else f"for {idle:.0f} s"
         yield f"{waiting} messages wait in the queues, and no event was applied {since}."
+    if stored.suspected:
+        yield (
+            f"{stored.suspected} messages seem to end the worker that applies them; each is tried alone,"
+            " and put into quarantine if it goes on."
+        )
     unpublished = seconds_since(stored.outbox_oldest_at, now)
     if unpublished is not None and unpublished > STALLED_S:
         yield f"The oldest message to publish waits for {unpublished:.0f} s; does the relay run?"

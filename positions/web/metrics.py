@@ -135,6 +135,7 @@ class _Asked(Collector):
             yield from metrics.OUTBOX_AGE.of(seconds_since(stored.outbox_oldest_at, gauges.asked_at) or 0)
             yield from metrics.LAST_EVENT_AGE.of(seconds_since(stored.last_event_at, gauges.asked_at))
             yield from metrics.QUARANTINE.of(stored.quarantine)
+            yield from metrics.SUSPECTED.of(stored.suspected)
         if gauges.queues is not None:
             yield from metrics.QUEUE_MESSAGES.by_label({each.name: each.messages for each in gauges.queues})
             yield from metrics.QUEUE_CONSUMERS.by_label({each.name: each.consumers for each in gauges.queues})

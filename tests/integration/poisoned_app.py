@@ -1,4 +1,7 @@
-"""The workers' root with one fault: a message about KILLER kills the process that decodes it."""
+"""The workers' root with two faults: a message about KILLER kills the process that decodes it.
+
+One about ASSASSIN kills its whole worker, as a machine that runs out of memory may.
+"""
 
 import os
 import signal
@@ -11,6 +14,8 @@ _decode = inbound.decode
 
 
 def _decode_or_die(delivery: inbound.Delivery, **limits: Any) -> inbound.Decoded:
+    if b"ASSASSIN" in delivery.body:
+        os.killpg(0, signal.SIGKILL)
     if b"KILLER" in delivery.body:
         os.kill(os.getpid(), signal.SIGKILL)
     return _decode(delivery, **limits)

@@ -56,6 +56,10 @@ class Process:
         return self._process.pid
 
     @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
     def children(self) -> list[int]:
         """Process ids of the children, the pool's for a worker."""
         listed = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()

@@ -11,7 +11,8 @@ from flask import Flask
 from kombu import Connection
 from sqlalchemy import Engine, delete, insert, select, update
 
-from positions.storage import migrate, tables
+from positions.storage import attempts, migrate, tables
+from positions.storage.database import transaction
 from positions.web import resources
 from tests.integration.api import KEY, NOWHERE, QUEUE, Make, store
 from tests.integration.processes import environment, worker
@@ -137,6 +138,25 @@ def test_outbox_that_is_not_published_is_said(
     assert warning.startswith("The oldest message to publish waits for 9")
     with engine.begin() as connection:
         connection.execute(update(tables.outbox).values(created_at=datetime.now(UTC)))
+    assert _health(app)["status"] == "healthy"
+
+
+def test_message_that_ends_its_worker_is_said(
+    make_app: Make, database_url: str, broker_url: str, redis_url: str, engine: Engine
+) -> None:
+    app = make_app(database_url, broker_url, redis_url)
+    now = datetime.now(UTC)
+    with transaction(engine) as connection:
+        attempts.begun(connection, {"a": QUEUE, "b": QUEUE}, alone=False, now=now)
+    assert _health(app)["status"] == "healthy"
+    with transaction(engine) as connection:
+        attempts.begun(connection, {"a": QUEUE}, alone=True, now=now)
+    health = _health(app)
+    assert health["status"] == "degraded"
+    assert health["warnings"][0].startswith("1 messages seem to end the worker that applies them")
+    assert "positions_suspected_messages 1.0" in app.test_client().get("/metrics").text
+    with transaction(engine) as connection:
+        attempts.done(connection, ["a"], now=now)
     assert _health(app)["status"] == "healthy"
 
 

@@ -18,9 +18,10 @@ import redis
 from celery import Celery
 from sqlalchemy import Engine, func, select
 
+from positions.queries.health import activity
 from positions.storage import broker, migrate
 from positions.storage.database import connect
-from positions.storage.tables import ledger, quarantine
+from positions.storage.tables import attempts, ledger, quarantine
 from tests.integration.processes import environment, worker
 from tests.integration.support import (
     EXECUTION_QUEUE,
@@ -289,6 +290,41 @@ def test_poison_is_isolated_and_parked(
         row = connection.execute(select(quarantine.c.reason, quarantine.c.body)).one()
     assert row.reason.startswith("failed 3 times alone: WorkerLostError")
     assert b"KILLER" in bytes(row.body)
+    assert_positions_are_the_fold_of_the_ledger(engine)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_poison_that_ends_the_whole_worker_is_parked_after_so_many_workers(
+    pool: str, engine: Engine, queues: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    messages = executions(400)
+    poison = execution("ASSASSIN", "Buy", "1", "1")
+    publish(queues, [(EXECUTION_QUEUE, each) for each in [*messages[:200], poison, *messages[200:]]])
+    lost = 0
+
+    def suspected() -> int:
+        with engine.connect() as connection:
+            return activity(connection).suspected
+
+    while True:
+        with worker(env, tmp_path, "--pool", pool, app="tests.integration.poisoned_app") as running:
+            assert wait_until(lambda: running.ended or count(engine, quarantine) > 0, limit_s=60)
+            if not running.ended:
+                await_ledger(engine, len(messages))
+                assert running.terminate() == 0
+                break
+        lost += 1
+        # Its second delivery is in a batch, the next three are alone; the first may be either.
+        assert lost <= 5
+        assert suspected() == (lost > 2)
+    assert lost >= 4
+    assert waiting(queues) == 0
+    assert suspected() == count(engine, attempts) == 0
+    with engine.connect() as connection:
+        row = connection.execute(select(quarantine.c.reason, quarantine.c.body)).one()
+    assert row.reason.startswith("begun 3 times alone and never ended")
+    assert b"ASSASSIN" in bytes(row.body)
+    assert running.logged("event_suspected") >= 3
     assert_positions_are_the_fold_of_the_ledger(engine)
 
 

@@ -27,4 +27,9 @@ SCHEDULE: dict[str, Job] = {
         "every": "snapshot_tick",
         "queue": JOBS_QUEUE,
     },
+    "refresh stale prices": {
+        "task": "positions.refresh_prices",
+        "every": "price_refresh_interval",
+        "queue": JOBS_QUEUE,
+    },
 }

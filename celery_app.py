@@ -34,7 +34,7 @@ def _entry(job: Job) -> dict[str, Any]:
     }
 
 
-_TASKS = ("events", "portfolio", "snapshots")
+_TASKS = ("events", "portfolio", "prices", "snapshots")
 app = Celery("positions", include=[f"positions.tasks.{name}" for name in _TASKS])
 app.conf.update(
     broker_url=settings.broker,

@@ -117,6 +117,8 @@ class Position:
     """None when flat, and in hedge mode while both legs are open."""
     current_price: Decimal | None
     current_price_at: datetime | None
+    current_price_source: str | None
+    """``report`` or ``price_api``."""
     price_is_stale: bool
     unrealized_pnl: Decimal
     realized_pnl: Decimal

@@ -246,9 +246,11 @@ TRANSACTIONS_LOST = Counter(
 )
 PRICE_FETCHES = Counter(
     "price_fetches",
-    "Prices asked of the exchange.",
+    "Positions whose price was due, by what the exchange said: it was taken, the exchange has no such symbol,"
+    " what it said is no price, a jump was not confirmed, others kept changing the position. Of those it did"
+    " not answer for, the runs.",
     by=("jobs",),
-    outcome=("fetched", "failed"),
+    outcome=("priced", "unlisted", "refused", "doubted", "busy", "failed"),
 )
 
 # --- what is published, and on schedule

@@ -345,6 +345,11 @@ class Settings(BaseModel):
             return f"{parts.scheme}://{name}{'' if port is None else f':{port}'}"
         raise ValueError(f"must be https:// and one of {', '.join(sorted(PRICE_HOSTS))}, or on this machine")
 
+    @property
+    def price_refresh_interval(self) -> float:
+        """How often prices are looked at: five times while one grows stale, and once a minute at least."""
+        return min(max(self.price_staleness_threshold / 5, 1), 60)
+
     @cached_property
     def database(self) -> str:
         """SQLAlchemy URL of PostgreSQL, with the password in clear: never log it."""

@@ -139,7 +139,7 @@ def _changes(
             source="order_execution"
             if any(isinstance(each, Entry) for each in applied[key])
             else "websocket",
-            adjustments=_adjustments(key, stored[key], state),
+            adjustments=adjustments(key, stored[key], state),
             points=points,
         )
         for key, (state, points) in sorted(folded.items(), key=lambda item: item[0])
@@ -180,7 +180,7 @@ def _with_reports(state: State, reports: Sequence[Report], outcome: Outcome) -> 
     return state, fresh
 
 
-def _adjustments(key: PositionKey, stored: Stored, after: State) -> list[Entry]:
+def adjustments(key: PositionKey, stored: Stored, after: State) -> list[Entry]:
     """Return the ledger entries for sizes newly taken over from the venue, as a trail: no fold reads them."""
     made = []
     reports = {(report.id, report.leg): report for report in after.reports}

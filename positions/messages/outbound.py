@@ -55,6 +55,8 @@ class PositionView:
     current_price: Amount | None
     """The mark price; null while none is known."""
     current_price_at: Time | None
+    current_price_source: str | None
+    """`report` (the exchange's position message) or `price_api` (its tickers)."""
     price_is_stale: bool
     """Whether the price is older than the staleness threshold."""
     unrealized_pnl: Amount
@@ -335,7 +337,7 @@ def snapshot_data(view: PositionView, row: Mapping[Any, Any]) -> dict[str, objec
         view: of the row.
         row: of `positions.storage.tables.positions`.
     """
-    beside = ("current_price_source", *REALIZED_PARTS, "state")
+    beside = (*REALIZED_PARTS, "state")
     return {**position_object(view), **{name: _json(row[name]) for name in beside}}
 
 

@@ -12,7 +12,7 @@ from positions.domain.events import LegName, Mode, PositionKey, Report
 from positions.domain.figures import Figures
 from positions.domain.leg import Leg
 from positions.domain.numbers import ZERO
-from positions.domain.position import Held, Policy, State, advanced, empty, with_report
+from positions.domain.position import Held, Mark, Policy, State, advanced, empty, with_report
 from positions.errors import ConcurrencyConflict
 from positions.storage import codec
 
@@ -48,6 +48,7 @@ _READ = f"""
     ORDER BY p.asset, p.mode
 """
 _LOCK = _READ + " FOR NO KEY UPDATE OF p"
+_LOCK_FREE = _LOCK + " SKIP LOCKED"
 
 _FIGURES: Mapping[str, str] = {
     "size": "numeric",
@@ -99,6 +100,11 @@ def lock(connection: Connection, keys: Iterable[PositionKey]) -> dict[PositionKe
     return _load(connection, _LOCK, keys)
 
 
+def lock_free(connection: Connection, keys: Iterable[PositionKey]) -> dict[PositionKey, Stored]:
+    """Return those of the positions that nobody else has locked, locked as by `lock`: waits for none."""
+    return _load(connection, _LOCK_FREE, keys)
+
+
 def read(connection: Connection, keys: Iterable[PositionKey]) -> dict[PositionKey, Stored]:
     """Return the positions of ``keys`` without a lock: `write` tells whether one changed since."""
     return _load(connection, _READ, keys)
@@ -132,6 +138,32 @@ def figures_of(connection: Connection, id_: str) -> Mapping[str, Any]:
     """Return the stored figures of a position."""
     statement = f"SELECT {', '.join(_FIGURES)} FROM positions WHERE id = %(id)s"
     return dict(connection.exec_driver_sql(statement, {"id": id_}).mappings().one())
+
+
+_DUE = """
+    SELECT asset, mode,
+        coalesce(current_price, average_entry_price, long_avg_price, short_avg_price) AS price,
+        coalesce(current_price_at, last_updated) AS at,
+        CASE WHEN current_price IS NULL THEN 'entry' ELSE coalesce(current_price_source, '') END AS source
+    FROM positions
+    WHERE (long_size <> 0 OR short_size <> 0)
+        AND (current_price IS NULL OR current_price_at IS NULL OR current_price_at < %(before)s)
+    ORDER BY current_price_at NULLS FIRST, asset, mode
+    LIMIT %(limit)s
+"""
+
+
+def priced_before(connection: Connection, before: datetime, *, limit: int) -> dict[PositionKey, Mark | None]:
+    """Return the open positions whose price is missing or older, the oldest first, each with what is known.
+
+    Of a position without a price that is its average entry, as of its last change.
+    """
+    return {
+        PositionKey.of(row.asset, row.mode): None
+        if row.price is None
+        else Mark(price=row.price, at=row.at, source=row.source)
+        for row in connection.exec_driver_sql(_DUE, {"before": before, "limit": limit})
+    }
 
 
 def keys(connection: Connection, *, asset: str | None = None) -> list[PositionKey]:

@@ -7,6 +7,7 @@ from sqlalchemy import Engine
 
 from positions.settings import Settings
 from positions.storage.database import Retry, connect
+from positions.venue.bybit import Bybit
 
 
 @dataclass
@@ -26,6 +27,11 @@ class Resources:
             pool_size=max(2, self.settings.worker_concurrency),
             application=f"{self.settings.service_name} worker",
         )
+
+    @cached_property
+    def venue(self) -> Bybit:
+        """The exchange's own API; what it knows of how the exchange does is this process's."""
+        return Bybit.of(self.settings)
 
     @property
     def retry(self) -> Retry:

@@ -16,8 +16,8 @@ from sqlalchemy.exc import DataError
 from positions.domain.events import Mode, PositionKey
 from positions.domain.position import Mark
 from positions.errors import ConcurrencyConflict, Unavailable
-from positions.handlers.update_mark import update_mark
-from positions.storage import quarantine
+from positions.handlers.update_marks import update_marks
+from positions.storage import positions, quarantine
 from positions.storage.database import Retry, connect, in_transaction, transaction
 from positions.storage.tables import ledger, outbox
 from tests.integration.support import (
@@ -155,7 +155,10 @@ def test_writers_on_the_same_positions_converge_without_deadlock(engine: Engine)
     assert_positions_are_the_fold_of_the_ledger(engine)
 
 
-def test_a_lost_race_is_tried_again_and_loses_nothing(engine: Engine) -> None:
+def test_a_lost_race_is_tried_again_and_loses_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(positions, "lock_free", positions.read)  # writers that take no locks
     apply(engine, [execution("BTCUSDT", "Buy", "1", "100")])
     marks = [
         Mark(price=Decimal(101 + n), at=datetime(2026, 1, 1 + n, tzinfo=UTC), source="price_api")
@@ -168,7 +171,7 @@ def test_a_lost_race_is_tried_again_and_loses_nothing(engine: Engine) -> None:
         # Six writers may lose more than three races; each loses fewer than there are writers.
         return in_transaction(
             engine,
-            lambda connection: update_mark(connection, BTC, mark, rules=RULES, now=datetime.now(UTC)),
+            lambda connection: update_marks(connection, {BTC: mark}, rules=RULES, now=datetime.now(UTC))[BTC],
             retry=Retry(retries=6, base_ms=1),
         )
 
@@ -180,7 +183,10 @@ def test_a_lost_race_is_tried_again_and_loses_nothing(engine: Engine) -> None:
     assert count(engine, outbox) == 1 + written
 
 
-def test_the_waits_of_a_retry_are_100_200_and_400_ms_and_then_it_is_an_error(engine: Engine) -> None:
+def test_the_waits_of_a_retry_are_100_200_and_400_ms_and_then_it_is_an_error(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(positions, "lock_free", positions.read)  # a writer that takes no locks
     apply(engine, [execution("BTCUSDT", "Buy", "1", "100")])
     waits: list[float] = []
     tries = 0
@@ -202,7 +208,7 @@ def test_the_waits_of_a_retry_are_100_200_and_400_ms_and_then_it_is_an_error(eng
                         other.execute(text("UPDATE positions SET version = version + 1"))
                 return connection.exec_driver_sql(statement, parameters)
 
-        update_mark(Overtaken(), BTC, mark, rules=RULES, now=datetime.now(UTC))  # type: ignore[arg-type]
+        update_marks(Overtaken(), {BTC: mark}, rules=RULES, now=datetime.now(UTC))  # type: ignore[arg-type]
 
     before = stored(engine)[BTC]
     with pytest.raises(ConcurrencyConflict):

@@ -23,7 +23,7 @@ from positions.domain.position import Mark, empty, refolded, with_report
 from positions.errors import NotFound
 from positions.handlers.apply_events import apply_events
 from positions.handlers.take_snapshots import take_snapshots
-from positions.handlers.update_mark import update_mark
+from positions.handlers.update_marks import update_marks
 from positions.messages.outbound import PortfolioView, PositionView, position_object
 from positions.queries.as_of import portfolio_as_of, position_as_of
 from positions.queries.portfolio import portfolio
@@ -220,7 +220,7 @@ def test_an_order_that_was_told_apart_later_was_one_fill_then(
 def price(engine: Engine, key: PositionKey, number: str, at: datetime) -> None:
     with transaction(engine) as connection:
         mark = Mark(price=Decimal(number), at=at, source="test")
-        update_mark(connection, key, mark, rules=RULES, now=NOW)
+        update_marks(connection, {key: mark}, rules=RULES, now=NOW)
 
 
 def reported(second: int, size: str, **more: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from positions.domain.events import Mode, PositionKey
 from positions.domain.position import Mark
 from positions.errors import Unavailable
 from positions.handlers.take_snapshots import take_snapshots
-from positions.handlers.update_mark import update_mark
+from positions.handlers.update_marks import update_marks
 from positions.settings import load
 from positions.storage import outbox, slots
 from positions.storage.database import transaction
@@ -49,7 +49,8 @@ def trade(engine: Engine, side: str, quantity: str, price: str, at: datetime, as
 
 def price(engine: Engine, amount: str, at: datetime) -> None:
     with transaction(engine) as connection:
-        update_mark(connection, BTC, Mark(price=Decimal(amount), at=at, source="test"), rules=RULES, now=at)
+        mark = Mark(price=Decimal(amount), at=at, source="test")
+        update_marks(connection, {BTC: mark}, rules=RULES, now=at)
 
 
 def taken(engine: Engine) -> list[tuple[str, datetime, dict[str, Any]]]:

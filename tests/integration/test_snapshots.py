@@ -17,7 +17,7 @@ from positions.domain.events import Mode, PositionKey
 from positions.domain.position import Mark
 from positions.errors import NotFound
 from positions.handlers.take_snapshots import take_snapshots
-from positions.handlers.update_mark import update_mark
+from positions.handlers.update_marks import update_marks
 from positions.messages.outbound import SnapshotView, position_object, snapshot_object
 from positions.queries.positions import position
 from positions.queries.snapshots import snapshots
@@ -45,7 +45,7 @@ def hold(engine: Engine, mark: str | None = "110") -> None:
     if mark:
         with transaction(engine) as connection:
             price = Mark(price=Decimal(mark), at=AT - timedelta(minutes=1), source="test")
-            update_mark(connection, BTC, price, rules=RULES, now=AT)
+            update_marks(connection, {BTC: price}, rules=RULES, now=AT)
 
 
 def of_table(engine: Engine, statement: str, **values: Any) -> list[Any]:
@@ -62,7 +62,7 @@ def test_a_snapshot_is_the_position_object_of_its_moment_with_all_that_made_it(e
     data = dict(view.snapshot_data)
     parts = ["realized_gross", "fees_paid", "funding_received", "realized_adjustment"]
     assert [data.pop(name) for name in parts] == ["0", "0.1", "0", "0"]
-    assert data.pop("current_price_source") == "test"
+    assert data["current_price_source"] == "test"
     assert codec.decode(BTC, data.pop("state")) == codec.decode(BTC, json.loads(json.dumps(state)))
     assert data == was
     assert (was["unrealized_pnl"], was["position_size_norm"]) == ("20", "1")
@@ -82,7 +82,7 @@ def test_the_figures_to_add_up_are_columns_and_unknown_where_there_is_no_price(e
 def test_a_short_position_s_net_exposure_is_negative(engine: Engine) -> None:
     hold(engine)
     with transaction(engine) as connection:
-        update_mark(connection, ETH, Mark(price=Decimal(9), at=AT, source="test"), rules=RULES, now=AT)
+        update_marks(connection, {ETH: Mark(price=Decimal(9), at=AT, source="test")}, rules=RULES, now=AT)
     take(engine, [ETH])
     (row,) = of_table(engine, "SELECT * FROM position_snapshots")
     assert (row["exposure"], row["net_exposure"]) == (27, -27)
@@ -133,8 +133,8 @@ def test_who_writes_a_position_meanwhile_is_not_disturbed(engine: Engine) -> Non
         known = store.read(connection, [BTC])  # what it writes is read before the snapshot
         take(engine)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(store, "read", lambda *_: known)
-            assert update_mark(connection, BTC, mark, rules=RULES, now=AT)
+            patch.setattr(store, "lock_free", lambda *_: known)
+            assert update_marks(connection, {BTC: mark}, rules=RULES, now=AT) == {BTC: True}
     assert stored(engine)[BTC]["current_price"] == 120
 
 
@@ -182,17 +182,17 @@ def test_an_empty_portfolio_has_no_snapshots(engine: Engine) -> None:
     assert take(engine) == []
 
 
-def test_all_positions_are_of_one_moment(engine: Engine) -> None:
+def test_all_positions_are_of_one_moment(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shares of the exposure sum to the whole while prices move."""
+    monkeypatch.setattr(store, "lock_free", store.lock)  # both or none, also beside a snapshot
     for key, side in ((BTC, "Buy"), (ETH, "Sell")):
         apply(engine, [execution(key.asset, side, "2", "100")])
 
     def move(step: int) -> None:
         at = AT + timedelta(seconds=step)
         with transaction(engine) as connection:
-            for key in (BTC, ETH):
-                price = Mark(price=Decimal(100 + step), at=at, source="test")
-                update_mark(connection, key, price, rules=RULES, now=at)
+            price = Mark(price=Decimal(100 + step), at=at, source="test")
+            update_marks(connection, {BTC: price, ETH: price}, rules=RULES, now=at)
 
     move(0)
     with ThreadPoolExecutor(1) as pool:

@@ -32,6 +32,7 @@ def _row(**changes: Any) -> dict[str, Any]:
         "average_entry_price": Decimal("50000.000000000000000000"),
         "current_price": Decimal("50100.000000000000000000"),
         "current_price_at": NOW,
+        "current_price_source": "report",
         "unrealized_pnl": Decimal("150.000000000000000000"),
         "realized_pnl": Decimal("0E-18"),
         "long_size": Decimal("1.500000000000000000"),
@@ -85,6 +86,7 @@ def test_position_object_is_the_contracts() -> None:
         ("average_entry_price", "50000"),
         ("current_price", "50100"),
         ("current_price_at", "2025-01-15T10:00:00Z"),
+        ("current_price_source", "report"),
         ("price_is_stale", False),
         ("unrealized_pnl", "150"),
         ("realized_pnl", "0"),
@@ -107,7 +109,7 @@ def test_position_object_is_the_contracts() -> None:
 def test_view_of_figures_is_the_view_of_their_row() -> None:
     row = _row()
     parts = ("realized_gross", "fees_paid", "funding_received", "realized_adjustment")
-    stored = {**row, **dict.fromkeys(parts, Decimal(0)), "current_price_source": "report"}
+    stored = {**row, **dict.fromkeys(parts, Decimal(0))}
     figures = Figures(**{field.name: stored[field.name] for field in fields(Figures)})
     view = PositionView.of_figures(
         figures,

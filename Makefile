@@ -4,7 +4,7 @@ help:
 	@echo 'make run     the whole service, with its own PostgreSQL and Valkey unless you name others'
 	@echo 'make test    every test (ARGS="tests/unit -k fold" for some)'
 	@echo 'make check   what a reviewer would run: lint, format, types, import contracts, unit tests'
-	@echo 'make docs    docs/reference/ anew, where it is made from the code'
+	@echo 'make docs    docs/reference anew, where it is made from the code'
 	@echo 'make lock    the lock files anew from setup.cfg (ARGS=--upgrade for the newest versions)'
 
 run:

@@ -105,15 +105,22 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
     # --- the service itself
-    service_name: str = Field("position-manager", validation_alias=_env("SERVICE_NAME"), max_length=60)
+    service_name: str = Field(
+        "position-manager",
+        validation_alias=_env("SERVICE_NAME"),
+        max_length=60,
+        description="Name in logs, events' subscription and Redis keys.",
+    )
     host: str = Field(
         "0.0.0.0",  # noqa: S104 - the older service listens everywhere; what it serves needs a key
         validation_alias=_env("HOST"),
         description="Address the REST API listens on.",
     )
-    port: int = Field(4800, validation_alias=_env("PORT"), ge=1, le=65535)
+    port: int = Field(
+        4800, validation_alias=_env("PORT"), ge=1, le=65535, description="Port of the REST API."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", validation_alias=_env("LOG_LEVEL")
+        "INFO", validation_alias=_env("LOG_LEVEL"), description="What is logged."
     )
     log_format: Literal["auto", "json", "console"] = Field(
         "auto",
@@ -131,13 +138,15 @@ class Settings(BaseModel):
         description="Further keys, as JSON or as the path of a file that holds it: a list of objects with"
         " `name`, `hash` (SHA-256 of the key, hex), and optionally `role`, `tier` and `expires`.",
     )
-    rate_limit_enabled: bool = Field(True, validation_alias=_env("RATE_LIMIT_ENABLED"))
+    rate_limit_enabled: bool = Field(
+        True, validation_alias=_env("RATE_LIMIT_ENABLED"), description="Whether requests are limited."
+    )
     rate_limit_default: int = Field(
         100,
         validation_alias=_env("RATE_LIMIT_DEFAULT"),
         ge=1,
         le=REQUESTS_PER_MINUTE_MAX,
-        description="Requests a minute.",
+        description="Requests a minute of a key that has no tier.",
     )
     rate_limit_overrides: SecretStr | None = Field(
         None,
@@ -167,26 +176,62 @@ class Settings(BaseModel):
     )
 
     # --- where the three servers are
-    database_url: SecretStr | None = Field(None, validation_alias=_env("DATABASE_URL"))
-    postgres_host: str | None = Field(None, validation_alias="POSTGRES_HOST")
-    postgres_port: int = Field(5432, validation_alias="POSTGRES_PORT", ge=1, le=65535)
-    postgres_db: str = Field("positions", validation_alias="POSTGRES_DB")
-    postgres_user: str = Field("postgres", validation_alias="POSTGRES_USER")
-    postgres_password: SecretStr | None = Field(None, validation_alias="POSTGRES_PASSWORD")
-    broker_url: SecretStr | None = Field(None, validation_alias=_env("BROKER_URL"))
-    rabbitmq_host: str | None = Field(None, validation_alias="RABBITMQ_HOST")
-    rabbitmq_port: int = Field(5672, validation_alias="RABBITMQ_PORT", ge=1, le=65535)
-    rabbitmq_user: str = Field("guest", validation_alias="RABBITMQ_USER")
-    rabbitmq_password: SecretStr = Field(SecretStr("guest"), validation_alias="RABBITMQ_PASSWORD")
-    rabbitmq_vhost: str = Field("/", validation_alias="RABBITMQ_VHOST")
-    redis_url: SecretStr | None = Field(None, validation_alias=_env("REDIS_URL"))
-    redis_host: str | None = Field(None, validation_alias="REDIS_HOST")
-    redis_port: int = Field(6379, validation_alias="REDIS_PORT", ge=1, le=65535)
-    redis_password: SecretStr | None = Field(None, validation_alias="REDIS_PASSWORD")
+    database_url: SecretStr | None = Field(
+        None,
+        validation_alias=_env("DATABASE_URL"),
+        description="URL of PostgreSQL, instead of the `POSTGRES_*`.",
+    )
+    postgres_host: str | None = Field(
+        None,
+        validation_alias="POSTGRES_HOST",
+        description="Host of PostgreSQL; none and no URL: `make run` starts its own.",
+    )
+    postgres_port: int = Field(
+        5432, validation_alias="POSTGRES_PORT", ge=1, le=65535, description="Port of PostgreSQL."
+    )
+    postgres_db: str = Field("positions", validation_alias="POSTGRES_DB", description="Database.")
+    postgres_user: str = Field(
+        "postgres", validation_alias="POSTGRES_USER", description="Role that owns the tables or may use them."
+    )
+    postgres_password: SecretStr | None = Field(
+        None, validation_alias="POSTGRES_PASSWORD", description="Its password."
+    )
+    broker_url: SecretStr | None = Field(
+        None, validation_alias=_env("BROKER_URL"), description="URL of RabbitMQ, instead of the `RABBITMQ_*`."
+    )
+    rabbitmq_host: str | None = Field(
+        None,
+        validation_alias="RABBITMQ_HOST",
+        description="Host of RabbitMQ; none and no URL: `make run` uses its own Valkey.",
+    )
+    rabbitmq_port: int = Field(
+        5672, validation_alias="RABBITMQ_PORT", ge=1, le=65535, description="Port of RabbitMQ."
+    )
+    rabbitmq_user: str = Field("guest", validation_alias="RABBITMQ_USER", description="User of RabbitMQ.")
+    rabbitmq_password: SecretStr = Field(
+        SecretStr("guest"), validation_alias="RABBITMQ_PASSWORD", description="Its password."
+    )
+    rabbitmq_vhost: str = Field("/", validation_alias="RABBITMQ_VHOST", description="Virtual host.")
+    redis_url: SecretStr | None = Field(
+        None, validation_alias=_env("REDIS_URL"), description="URL of Redis, instead of the `REDIS_*`."
+    )
+    redis_host: str | None = Field(
+        None,
+        validation_alias="REDIS_HOST",
+        description="Host of Redis; none and no URL: `make run` starts its own Valkey.",
+    )
+    redis_port: int = Field(6379, validation_alias="REDIS_PORT", ge=1, le=65535, description="Port of Redis.")
+    redis_password: SecretStr | None = Field(
+        None, validation_alias="REDIS_PASSWORD", description="Password of Redis."
+    )
 
     # --- intake
     position_queue: str = Field(
-        "ws-gateway.position", validation_alias=_env("POSITION_QUEUE"), min_length=1, max_length=255
+        "ws-gateway.position",
+        validation_alias=_env("POSITION_QUEUE"),
+        min_length=1,
+        max_length=255,
+        description="Queue of exchange reports.",
     )
     order_queues: Annotated[tuple[str, ...], Field(min_length=1, max_length=20)] = Field(
         ("order-manager.order_executed", "order-manager.order_events"),
@@ -211,26 +256,41 @@ class Settings(BaseModel):
     )
 
     # --- who wins when sources disagree (docs: domain rules)
-    use_ws_avg_price: bool = Field(True, validation_alias=_env("USE_WS_AVG_PRICE"))
+    use_ws_avg_price: bool = Field(
+        True,
+        validation_alias=_env("USE_WS_AVG_PRICE"),
+        description="Whether a reported average price may replace the folded one.",
+    )
     avg_price_diff_threshold: Decimal = Field(
         Decimal("0.001"),
         validation_alias=_env("AVG_PRICE_DIFF_THRESHOLD"),
         ge=0,
-        description="Relative to the folded average.",
+        description="By which share of the folded average a reported one must differ to replace it.",
     )
     size_validation_threshold: Decimal = Field(
-        Decimal("0.0001"), validation_alias=_env("SIZE_VALIDATION_THRESHOLD"), ge=0
+        Decimal("0.0001"),
+        validation_alias=_env("SIZE_VALIDATION_THRESHOLD"),
+        ge=0,
+        description="Sizes that differ by more are a break.",
     )
-    enable_timestamp_resolution: bool = Field(True, validation_alias=_env("ENABLE_TIMESTAMP_RESOLUTION"))
+    enable_timestamp_resolution: bool = Field(
+        True,
+        validation_alias=_env("ENABLE_TIMESTAMP_RESOLUTION"),
+        description="Whether a report later than the last fill may set the size.",
+    )
     timestamp_tolerance_seconds: Decimal = Field(
-        Decimal(0), validation_alias=_env("TIMESTAMP_TOLERANCE_SECONDS"), ge=0, le=86_400
+        Decimal(0),
+        validation_alias=_env("TIMESTAMP_TOLERANCE_SECONDS"),
+        ge=0,
+        le=86_400,
+        description="By how much later, seconds.",
     )
     price_staleness_threshold: int = Field(
         300,
         validation_alias=_env("PRICE_STALENESS_THRESHOLD"),
         ge=1,
         le=31_536_000,
-        description="Seconds.",
+        description="Age from which a price is stale, seconds.",
     )
 
     # --- the exchange's API
@@ -255,10 +315,18 @@ class Settings(BaseModel):
         description="With `BYBIT_API_SECRET`: a key that may only read, to compare positions with the"
         " exchange's own.",
     )
-    bybit_api_secret: SecretStr | None = Field(None, validation_alias=_env("BYBIT_API_SECRET"))
+    bybit_api_secret: SecretStr | None = Field(
+        None, validation_alias=_env("BYBIT_API_SECRET"), description="Secret of that key."
+    )
 
     # --- locking
-    optimistic_lock_retries: int = Field(3, validation_alias=_env("OPTIMISTIC_LOCK_RETRIES"), ge=0, le=10)
+    optimistic_lock_retries: int = Field(
+        3,
+        validation_alias=_env("OPTIMISTIC_LOCK_RETRIES"),
+        ge=0,
+        le=10,
+        description="How often a lost transaction is tried again.",
+    )
     optimistic_lock_backoff_base: int = Field(
         100,
         validation_alias=_env("OPTIMISTIC_LOCK_BACKOFF_BASE"),
@@ -269,10 +337,17 @@ class Settings(BaseModel):
 
     # --- portfolio
     portfolio_max_exposure_usdt: Decimal | None = Field(
-        None, validation_alias=_env("PORTFOLIO_MAX_EXPOSURE_USDT"), ge=0
+        None,
+        validation_alias=_env("PORTFOLIO_MAX_EXPOSURE_USDT"),
+        ge=0,
+        description="Gross exposure above which `limit_exceeded` is true.",
     )
     portfolio_update_interval: Decimal = Field(
-        Decimal(1), validation_alias=_env("PORTFOLIO_UPDATE_INTERVAL"), ge=Decimal("0.1"), le=86_400
+        Decimal(1),
+        validation_alias=_env("PORTFOLIO_UPDATE_INTERVAL"),
+        ge=Decimal("0.1"),
+        le=86_400,
+        description="Shortest time between two `portfolio_updated`, seconds.",
     )
 
     metrics_cache_ttl: int = Field(
@@ -292,7 +367,11 @@ class Settings(BaseModel):
         description="Seconds between snapshots of all positions, counted from the Unix epoch.",
     )
     snapshot_retention_days: int = Field(
-        365, validation_alias=_env("SNAPSHOT_RETENTION_DAYS"), ge=1, le=36_500
+        365,
+        validation_alias=_env("SNAPSHOT_RETENTION_DAYS"),
+        ge=1,
+        le=36_500,
+        description="Snapshots that are older are deleted.",
     )
     validation_interval: int = Field(
         1800, validation_alias=_env("VALIDATION_INTERVAL"), ge=1, le=86_400, description="Seconds."
@@ -302,7 +381,9 @@ class Settings(BaseModel):
         validation_alias="WS_GATEWAY_URL",
         description="Base URL of the gateway that workers subscribe to positions at; needs its key too.",
     )
-    ws_gateway_api_key: SecretStr | None = Field(None, validation_alias="WS_GATEWAY_API_KEY")
+    ws_gateway_api_key: SecretStr | None = Field(
+        None, validation_alias="WS_GATEWAY_API_KEY", description="Key for the gateway, sent as `X-API-Key`."
+    )
 
     # --- serving
     web_workers: int = Field(

@@ -57,29 +57,6 @@ def position_as_of(
     return _view(key, past[key], gross_exposure(past.values()), at, stale_after)
 
 
-def positions_as_of(
-    connection: Connection,
-    at: datetime,
-    *,
-    policy: Policy,
-    now: datetime,
-    stale_after: timedelta,
-    asset: str | None = None,
-) -> tuple[PositionView, ...]:
-    """Return all positions there were at the moment ``at``, or those in one asset, in order of their keys.
-
-    Args as of :func:`position_as_of`.
-    """
-    at = min(at, now)
-    past = positions_at(connection, positions.keys(connection), at, policy)
-    gross = gross_exposure(past.values())
-    return tuple(
-        _view(key, past[key], gross, at, stale_after)
-        for key in sorted(past)
-        if asset is None or key.asset == asset
-    )
-
-
 def _view(
     key: PositionKey, own: Past, portfolio_exposure: Decimal, at: datetime, stale_after: timedelta
 ) -> PositionView:
@@ -106,18 +83,24 @@ def portfolio_as_of(
     stale_after: timedelta,
     max_exposure: Decimal | None,
     asset: str | None = None,
-) -> PortfolioView:
-    """Return what all positions, or those in one asset, added up to at the moment ``at``.
+) -> tuple[PortfolioView, tuple[PositionView, ...]]:
+    """Return what all positions, or those in one asset, added up to at the moment ``at``, and which they were.
 
-    Args as of :func:`position_as_of` and :func:`positions.queries.portfolio.portfolio`.
+    Args as of :func:`position_as_of` and :func:`positions.queries.portfolio.portfolio`; the positions come in
+    order of their keys.
     """
     at = min(at, now)
+    past = positions_at(connection, positions.keys(connection), at, policy)
     by_asset: defaultdict[str, list[Past]] = defaultdict(list)
-    for key, each in positions_at(connection, positions.keys(connection), at, policy).items():
+    for key, each in past.items():
         by_asset[key.asset].append(each)
     with exact():
-        sums = [_sums(asset, own, at, stale_after) for asset, own in sorted(by_asset.items())]
-    return PortfolioView.of(sums, max_exposure=max_exposure, now=at, asset=asset)
+        sums = [_sums(name, own, at, stale_after) for name, own in sorted(by_asset.items())]
+    gross = gross_exposure(past.values())
+    views = tuple(
+        _view(key, past[key], gross, at, stale_after) for key in sorted(past) if asset in {None, key.asset}
+    )
+    return PortfolioView.of(sums, max_exposure=max_exposure, now=at, asset=asset), views
 
 
 def _sums(asset: str, own: Sequence[Past], at: datetime, stale_after: timedelta) -> Mapping[str, object]:

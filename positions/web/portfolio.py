@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 
 from flask import Response
 from pydantic import RootModel
@@ -18,7 +17,7 @@ from positions.messages.outbound import (
     portfolio_object,
     position_object,
 )
-from positions.queries.as_of import portfolio_as_of, positions_as_of
+from positions.queries.as_of import portfolio_as_of
 from positions.queries.portfolio import portfolio
 from positions.queries.positions import positions
 from positions.web.answers import kept, kept_by_all
@@ -69,28 +68,25 @@ def figures(query: Wanted) -> Response:
         return kept_by_all("portfolio", _figures)
 
     def make(connection: Connection) -> dict[str, object]:
-        answer = _portfolio(connection, query.asset, query.as_of)
-        if not query.include_positions:
-            return answer
+        own, now = resources(), datetime.now(UTC)
         if query.as_of is None:
-            page = positions(
-                connection,
-                now=datetime.now(UTC),
-                stale_after=resources().stale_after,
-                asset=query.asset,
-            )
-            answer["positions"] = [position_object(each) for each in page.positions]
-            answer["next_cursor"] = page.next and cursor_of(*page.next)
-        else:
-            own = resources()
-            past = positions_as_of(
-                connection,
-                query.as_of,
-                policy=own.rules.policy,
-                now=datetime.now(UTC),
-                stale_after=own.stale_after,
-                asset=query.asset,
-            )
+            answer = _portfolio(connection, query.asset)
+            if query.include_positions:
+                page = positions(connection, now=now, stale_after=own.stale_after, asset=query.asset)
+                answer["positions"] = [position_object(each) for each in page.positions]
+                answer["next_cursor"] = page.next and cursor_of(*page.next)
+            return answer
+        view, past = portfolio_as_of(
+            connection,
+            query.as_of,
+            policy=own.rules.policy,
+            now=now,
+            stale_after=own.stale_after,
+            max_exposure=own.max_exposure,
+            asset=query.asset,
+        )
+        answer = portfolio_object(view)
+        if query.include_positions:
             answer["positions"] = [position_object(each) for each in past]
             answer["next_cursor"] = None
         return answer
@@ -118,14 +114,11 @@ def _figures(connection: Connection) -> dict[str, dict[str, object]]:
     return {"portfolio": whole, "exposure": part_of(whole, ExposureView), "pnl": part_of(whole, PnLView)}
 
 
-def _portfolio(
-    connection: Connection, asset: str | None = None, at: datetime | None = None
-) -> dict[str, object]:
-    own, now = resources(), datetime.now(UTC)
-    ask = portfolio if at is None else partial(portfolio_as_of, at=at, policy=own.rules.policy)
-    view = ask(
+def _portfolio(connection: Connection, asset: str | None = None) -> dict[str, object]:
+    own = resources()
+    view = portfolio(
         connection,
-        now=now,
+        now=datetime.now(UTC),
         stale_after=own.stale_after,
         max_exposure=own.max_exposure,
         asset=asset,

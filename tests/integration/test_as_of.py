@@ -48,7 +48,7 @@ def was(engine: Engine, at: datetime, key: PositionKey = BTC) -> PositionView:
 
 def all_was(engine: Engine, at: datetime, *, asset: str | None = None) -> PortfolioView:
     with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
-        return portfolio_as_of(
+        whole, _ = portfolio_as_of(
             connection,
             at,
             policy=RULES.policy,
@@ -57,6 +57,7 @@ def all_was(engine: Engine, at: datetime, *, asset: str | None = None) -> Portfo
             max_exposure=Decimal(10),
             asset=asset,
         )
+        return whole
 
 
 def shown(found: object) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """How long questions about the past take, on a year of hourly snapshots, over the API in this process.
 
 Run as `python -m benchmarks.history`; under `nice` it fills its PostgreSQL as slowly as it then measures.
-Trades are applied by the handler that the worker uses, week by week; of each week's end one real snapshot of
-every position is taken, and copied to the hours of the week after with other sums. Warm is asked time and
-again, of other moments each; cold after a restart of PostgreSQL with none of its files in the kernel's memory.
+Trades are applied by the handler that the worker uses, week by week. At each week's end a snapshot of every
+position is taken, and copied to the hours of the week after with other sums. Warm is what is asked time and
+again, of other moments each; cold what is asked first after a restart of PostgreSQL, with none of its files
+in the kernel's memory.
 """
 
 from __future__ import annotations
@@ -140,10 +141,12 @@ def questions(positions: int, now: datetime) -> dict[str, Ask]:
         "1000 snapshots from offset 7000 on": lambda r: address(
             f"positions/{asset(r)}/snapshots", limit=1000, offset=7000
         ),
-        "100 ledger entries up to a moment": lambda r: address(f"positions/{asset(r)}/executions", to=moment(r)),
+        "100 ledger entries up to a moment": lambda r: address(
+            f"positions/{asset(r)}/executions", to=moment(r)
+        ),
         "the curve, daily over a year": curve(year, timedelta(days=1)),
         "the curve, hourly over a week": curve(WEEK, HOUR),
-        "the curve, hourly over a year (1000 points)": curve(year, HOUR),
+        "the curve, hourly over a year (coarser)": curve(year, HOUR),
     }
 
 

@@ -290,6 +290,8 @@ class Point:
     total_realized_pnl_usdt: Decimal
     total_pnl_usdt: Decimal
     drawdown_usdt: Decimal
+    positions_count: int
+    unpriced_positions_count: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

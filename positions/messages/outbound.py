@@ -346,6 +346,19 @@ def snapshot_object(view: SnapshotView) -> dict[str, object]:
     return _object(view)
 
 
+FLAT_SNAPSHOT = (
+    *(field.name for field in fields(SnapshotView) if field.name != "snapshot_data"),
+    *(name for name in _FIELDS if name not in {"id", "asset", "mode", "created_at"}),
+    "current_price_source",
+    *REALIZED_PARTS,
+)
+
+
+def flat_snapshot(view: SnapshotView) -> dict[str, object]:
+    """Return what a table shows of a snapshot, JSON-ready: `FLAT_SNAPSHOT`, as far as it was kept."""
+    return {**view.snapshot_data, **snapshot_object(view)}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExecutionView:
     """An entry of the ledger: what made a position's numbers."""
@@ -413,7 +426,7 @@ def break_object(view: BreakView) -> dict[str, object]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EquityPoint:
-    """What the portfolio was worth at a moment, by the newest snapshots until then."""
+    """What the portfolio was worth at a moment."""
 
     __pydantic_config__ = DOCUMENTED
 
@@ -427,6 +440,10 @@ class EquityPoint:
     """Unrealized + realized."""
     drawdown_usdt: Amount
     """How far the total PnL is below its highest since the curve began; 0 or more."""
+    positions_count: int
+    """How many positions are in these figures: one is from its first snapshot on."""
+    unpriced_positions_count: int
+    """How many of them were open without a price, and are not in the exposures."""
 
 
 def equity_object(point: EquityPoint) -> dict[str, object]:

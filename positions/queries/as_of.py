@@ -84,7 +84,7 @@ def portfolio_as_of(
     max_exposure: Decimal | None,
     asset: str | None = None,
 ) -> tuple[PortfolioView, tuple[PositionView, ...]]:
-    """Return what all positions, or those in one asset, added up to at the moment ``at``, and which they were.
+    """Return what positions, all or those in one asset, added up to at the moment ``at``, and themselves.
 
     Args as of :func:`position_as_of` and :func:`positions.queries.portfolio.portfolio`; the positions come in
     order of their keys.

@@ -74,6 +74,12 @@ _STATES = """
     ) s
 """
 
+# Added up over the positions at each point of a curve.
+_CHANGES = {
+    **{name: f"coalesce(s.{name}, 0)" for name in _TYPED},
+    "count": "1",
+    "unpriced": "(s.exposure IS NULL)::integer",
+}
 # Looked up point by point and not read through: of what lies between two points only the last counts. Each
 # position adds what changed since it was last seen; so it is carried forward where a point has none of it.
 _SUMS = f"""
@@ -83,22 +89,31 @@ _SUMS = f"""
         FROM generate_series(0, %(count)s - 1) AS n
     ), changes AS (
         SELECT n, {
-    ", ".join(
-        f"coalesce(s.{name}, 0) - lag(coalesce(s.{name}, 0), 1, 0) OVER own AS {name}" for name in _TYPED
-    )
+    ", ".join(f"{value} - lag({value}, 1, 0) OVER own AS {name}" for name, value in _CHANGES.items())
 }
-        FROM positions p CROSS JOIN points
-        CROSS JOIN LATERAL (
-            SELECT {", ".join(_TYPED)} FROM position_snapshots
-            WHERE position_id = p.id AND created_at > points.after AND created_at <= points.at
-                AND unrealized_pnl IS NOT NULL
-            ORDER BY created_at DESC LIMIT 1
+        FROM positions p CROSS JOIN LATERAL (
+            SELECT n, taken.* FROM points CROSS JOIN LATERAL (
+                SELECT created_at, {", ".join(_TYPED)} FROM position_snapshots
+                WHERE position_id = p.id AND created_at > points.after AND created_at <= points.at
+                    AND unrealized_pnl IS NOT NULL
+                ORDER BY created_at DESC LIMIT 1
+            ) taken
+            UNION ALL
+            SELECT n, p.closed_at, 0, 0, p.unrealized_pnl, p.realized_pnl FROM points
+            WHERE p.closed_at > points.after AND p.closed_at <= points.at
+            UNION ALL
+            SELECT %(count)s - 1, 'infinity', present.* FROM (
+                SELECT CASE flat WHEN true THEN 0 ELSE (p.long_size - p.short_size) * p.current_price END,
+                    CASE flat WHEN true THEN 0 ELSE p.size * p.current_price END,
+                    p.unrealized_pnl, p.realized_pnl
+                FROM (SELECT p.long_size = p.short_size AS flat) sizes
+            ) present WHERE %(ends_now)s
         ) s
-        WINDOW own AS (PARTITION BY p.id ORDER BY n)
+        WINDOW own AS (PARTITION BY p.id ORDER BY n, s.created_at)
     ), changed AS (
-        SELECT n, {", ".join(f"sum({name}) AS {name}" for name in _TYPED)} FROM changes GROUP BY n
+        SELECT n, {", ".join(f"sum({name}) AS {name}" for name in _CHANGES)} FROM changes GROUP BY n
     ), sums AS (
-        SELECT at, {", ".join(f"sum({name}) OVER past AS {name}" for name in _TYPED)}
+        SELECT at, {", ".join(f"sum({name}) OVER past AS {name}" for name in _CHANGES)}
         FROM points LEFT JOIN changed USING (n) WINDOW past AS (ORDER BY n)
     )
     SELECT *, unrealized_pnl + realized_pnl AS pnl,
@@ -250,14 +265,17 @@ def listed(
 
 
 def sums_at(
-    connection: Connection, first: datetime, *, interval: timedelta, count: int
+    connection: Connection, first: datetime, *, interval: timedelta, count: int, ends_now: bool = False
 ) -> Sequence[RowMapping]:
     """Return what the newest snapshots of all positions added up to, at ``count`` points from ``first`` on.
 
-    A row for each point `at`, from the first one on that any snapshot tells of: `exposure`, `net_exposure`,
-    `unrealized_pnl`, `realized_pnl`, their sum `pnl`, and its `drawdown` from the highest before. All exact.
+    A row for each point `at`, from the first one on that anything tells of: `exposure`, `net_exposure`,
+    `unrealized_pnl`, `realized_pnl`, their sum `pnl`, its `drawdown` from the highest before, all exact; the
+    `count` of the positions in it, and how many of them are `unpriced`, which add nothing to exposures. A
+    position that is closed now counts as it is from when it was. Where the curve `ends_now`, its last point
+    is of the present.
     """
-    values = {"first": first, "interval": interval, "count": count}
+    values = {"first": first, "interval": interval, "count": count, "ends_now": ends_now}
     return connection.exec_driver_sql(_SUMS, values).mappings().all()
 
 

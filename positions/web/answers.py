@@ -1,6 +1,7 @@
 """Answers to what is asked most: with a tag to compare, and given again as long as nothing changed."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from flask import Response, request
@@ -13,24 +14,36 @@ from positions.web.memory import TAG_CHARS, Answer
 from positions.web.resources import resources
 
 
-def kept(make: Callable[[Connection], Mapping[str, Any]]) -> Response:
+def kept(
+    make: Callable[[Connection], Mapping[str, Any]],
+    link: Callable[[Mapping[str, Any]], str | None] = lambda _: None,
+) -> Response:
     """Answer the present request with what ``make`` returns, or with the same again if nothing changed.
 
     The portfolio's version is asked for every time: what was committed before the request is in the answer.
+
+    Args:
+        make: makes the answer, JSON-ready.
+        link: makes the header that leads from it to its next page.
     """
     answers, question = resources().answers, (request.path, request.query_string)
     asked = resources().version()
     found = answers.get(question, asked)
     if found is None:
         with answers.turn(question):
-            found = answers.get(question, asked) or _made(question, make)
+            found = answers.get(question, asked) or _made(question, make, link)
     return respond(found)
 
 
-def _made(question: object, make: Callable[[Connection], Mapping[str, Any]]) -> Answer:
+def _made(
+    question: object,
+    make: Callable[[Connection], Mapping[str, Any]],
+    link: Callable[[Mapping[str, Any]], str | None],
+) -> Answer:
     with transaction(resources().reads) as connection:
         version = portfolio.version(connection)
-        found = Answer.of(make(connection))
+        data = make(connection)
+    found = replace(Answer.of(data), link=link(data))
     resources().answers.put(question, version, found)
     return found
 
@@ -40,7 +53,8 @@ def respond(answer: Answer) -> Response:
     tag = f'W/"{answer.tag}"'
     if "If-None-Match" in request.headers and request.if_none_match.contains_weak(answer.tag):
         return Response(status=304, headers={"ETag": tag})
-    return Response(answer.body, mimetype="application/json", headers={"ETag": tag})
+    headers = {"ETag": tag} if answer.link is None else {"ETag": tag, "Link": answer.link}
+    return Response(answer.body, mimetype="application/json", headers=headers)
 
 
 def kept_by_all(name: str, make: Callable[[Connection], Mapping[str, Mapping[str, Any]]]) -> Response:

@@ -28,6 +28,8 @@ class Answer:
 
     body: bytes
     tag: str
+    link: str | None = None
+    """Header that leads to the next page."""
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:

@@ -24,6 +24,11 @@ Sizes, prices and money are plain strings, exact to the last digit; times are IS
 Another method than those below is answered with 405 and `Allow`, another address with 404, both as problem
 documents. `Retry-After` and `RateLimit-*` come where they mean something."""
 
+_CSV = (
+    "As RFC 4180 has it, with a header line; numbers and times as in JSON, null is empty. Text that a"
+    " spreadsheet would take for a formula has an apostrophe before it. `ETag` comes with JSON only."
+)
+
 
 class Problem(BaseModel):
     """What went wrong (RFC 9457); the last four members are those that older clients read."""
@@ -70,6 +75,11 @@ _HEADERS = {
         "string",
         "Of the answer; sent back as `If-None-Match`, it gives 304 while the answer is the same.",
     ),
+    "Link": (
+        "string",
+        "With `rel=next`, the address of the next page, as a reference to be resolved; none on the last.",
+    ),
+    "Vary": ("string", "`Accept`: JSON, or CSV where that is preferred."),
     "Retry-After": ("integer", "Seconds after which to try again."),
     "WWW-Authenticate": ("string", "Where the key belongs."),
     "RateLimit-Limit": ("integer", "Requests a minute that this key may make."),
@@ -78,6 +88,8 @@ _HEADERS = {
 }
 TAGGED = {"x-tagged": True}
 """Of a view whose answers carry an `ETag`."""
+LISTED = {"x-listed": True}
+"""Of a view whose answer is a list that may be had as CSV."""
 OF_BODY = {"x-of-body": True}
 """Of a view whose parameters may also be the members of a JSON body."""
 PROBLEM = {
@@ -167,6 +179,9 @@ def _complete(operation: dict[str, Any], method: str, path: str) -> None:
         expected |= {400, 401, 403, 429, 503}
     if operation.pop("x-text", False):
         answers["200"]["content"]["text/plain"] = {"schema": {"type": "string"}}
+    listed = operation.pop("x-listed", False)
+    if listed:
+        answers["200"]["content"]["text/csv"] = {"schema": {"type": "string", "description": _CSV}}
     if method == "post":
         expected |= {409, 411, 413, 415}
     if "{" in path:
@@ -174,6 +189,8 @@ def _complete(operation: dict[str, Any], method: str, path: str) -> None:
     for status, answer in answers.items():
         tagged = operation.get("x-tagged") and status == "200"
         names = ("X-Trace-Id", *(_LIMIT_HEADERS if limited else ()), *(("ETag",) if tagged else ()))
+        if listed:
+            names += ("Link", "Vary")
         answer["headers"] = _headers(*names)
     if operation.pop("x-tagged", False):
         answers["304"] = {

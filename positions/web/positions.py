@@ -1,7 +1,8 @@
 """`/positions`: what is held, as a list and one by one."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import Annotated, Any
 
 from flask import Response, jsonify
 from pydantic import BaseModel, Field, RootModel
@@ -24,7 +25,8 @@ from positions.queries.executions import Place, executions
 from positions.queries.positions import PAGE_MAX, Status, position, positions
 from positions.storage.database import in_transaction, transaction
 from positions.web.answers import kept
-from positions.web.openapi import OF_BODY, TAGGED, api
+from positions.web.listings import columns, link_to, listing, negotiated, wants_csv
+from positions.web.openapi import LISTED, OF_BODY, TAGGED, api
 from positions.web.parameters import (
     Asset,
     Flag,
@@ -132,7 +134,7 @@ class Validation(BaseModel):
     breaks: list[BreakView]
 
 
-@blueprint.get("/positions", responses={200: Positions}, openapi_extensions=TAGGED)
+@blueprint.get("/positions", responses={200: Positions}, openapi_extensions=TAGGED | LISTED)
 @checked
 def listed(query: Listed) -> Response:
     """List positions in order of asset and mode, a page at a time."""
@@ -151,7 +153,15 @@ def listed(query: Listed) -> Response:
             "next_cursor": page.next and cursor_of(*page.next),
         }
 
-    return kept(make)
+    if not wants_csv():
+        return negotiated(kept(make, _link))
+    with transaction(resources().reads) as connection:
+        data = make(connection)
+    return listing(data, "positions", columns(PositionView), link=_link(data))
+
+
+def _link(data: Mapping[str, Any]) -> str | None:
+    return data["next_cursor"] and link_to(cursor=data["next_cursor"])
 
 
 @blueprint.get("/positions/<asset>", responses={200: Position}, openapi_extensions=TAGGED)
@@ -176,7 +186,7 @@ def one(path: OfAsset, query: One) -> Response:
     return kept(make)
 
 
-@blueprint.get("/positions/<asset>/executions", responses={200: Executions})
+@blueprint.get("/positions/<asset>/executions", responses={200: Executions}, openapi_extensions=LISTED)
 @checked
 def made_by(path: OfAsset, query: Executed) -> Response:
     """List what made a position's numbers: executions, order reports, funding and adjustments.
@@ -194,11 +204,12 @@ def made_by(path: OfAsset, query: Executed) -> Response:
             to=query.to,
         )
     behind = page.next and cursor_of((page.next.executed_at - _EPOCH) // _MICROSECOND, page.next.id)
-    return jsonify(
-        executions=[execution_object(each) for each in page.executions],
-        count=len(page.executions),
-        next_cursor=behind,
-    )
+    data = {
+        "executions": [execution_object(each) for each in page.executions],
+        "count": len(page.executions),
+        "next_cursor": behind,
+    }
+    return listing(data, "executions", columns(ExecutionView), link=_link(data))
 
 
 @blueprint.post("/positions/<asset>/validate", responses={200: Validation}, openapi_extensions=OF_BODY)

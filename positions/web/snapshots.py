@@ -11,11 +11,20 @@ from pydantic.json_schema import SkipJsonSchema
 
 from positions.domain.events import PositionKey
 from positions.handlers.take_snapshots import take_snapshots
-from positions.messages.outbound import EquityPoint, SnapshotView, equity_object, snapshot_object
-from positions.queries.history import POINTS_MAX, equity_curve
+from positions.messages.outbound import (
+    FLAT_SNAPSHOT,
+    EquityPoint,
+    SnapshotView,
+    equity_object,
+    flat_snapshot,
+    snapshot_object,
+    utc_text,
+)
+from positions.queries.history import equity_curve, points_max
 from positions.queries.snapshots import snapshots
 from positions.storage.database import in_transaction, transaction
-from positions.web.openapi import OF_BODY, api
+from positions.web.listings import columns, link_to, listing, wants_csv
+from positions.web.openapi import LISTED, OF_BODY, api
 from positions.web.parameters import Limit, Moment, OfAsset, OfMode, Parameters, between, checked
 from positions.web.resources import resources
 
@@ -25,6 +34,7 @@ OFFSET_MAX = 1_000_000
 INTERVAL_MAX_S = 366 * 24 * 3600
 WEEK = timedelta(days=7)
 SECOND = timedelta(seconds=1)
+MICROSECOND = timedelta(microseconds=1)
 _BEGINNING = datetime.min.replace(tzinfo=UTC)
 
 
@@ -49,7 +59,8 @@ class Curve(Parameters):
     to: Moment | SkipJsonSchema[None] = None
     """The last point; now if not given, or if it is still to come."""
     interval: Annotated[int, *between(1, INTERVAL_MAX_S)] = 3600
-    """Seconds between two points, or as many more as it takes to have no more than a thousand."""
+    """Seconds between two points, or as many more as it takes to have no more than a thousand, or fewer where
+    there are more than 400 positions."""
 
 
 class Snapshot(RootModel[SnapshotView]):
@@ -95,7 +106,7 @@ def take(path: OfAsset, query: OfMode) -> tuple[Response, HTTPStatus]:
     return jsonify(snapshot_object(view)), HTTPStatus.CREATED
 
 
-@blueprint.get("/positions/<asset>/snapshots", responses={200: Snapshots})
+@blueprint.get("/positions/<asset>/snapshots", responses={200: Snapshots}, openapi_extensions=LISTED)
 @checked
 def listed(path: OfAsset, query: Wanted) -> Response:
     """List the snapshots of a position, the newest first.
@@ -107,29 +118,44 @@ def listed(path: OfAsset, query: Wanted) -> Response:
         found = snapshots(
             connection,
             PositionKey(path.asset, query.mode),
-            limit=query.limit,
+            limit=query.limit + 1,
             offset=query.offset,
             from_=query.from_,
             to=query.to,
         )
-    return jsonify(snapshots=[snapshot_object(each) for each in found], count=len(found))
+    found, more = found[: query.limit], len(found) > query.limit
+    # By time: what is taken meanwhile moves nothing, and nothing is counted off again.
+    link = link_to(without="offset", to=utc_text(found[-1].created_at - MICROSECOND)) if more else None
+    show = flat_snapshot if wants_csv() else snapshot_object
+    data = {"snapshots": [show(each) for each in found], "count": len(found)}
+    return listing(data, "snapshots", FLAT_SNAPSHOT, link=link)
 
 
-@blueprint.get("/portfolio/history", responses={200: History})
+@blueprint.get("/portfolio/history", responses={200: History}, openapi_extensions=LISTED)
 @checked
 def history(query: Curve) -> Response:
-    """Tell what the portfolio was worth, point by point: the newest snapshot of each position until then."""
+    """Tell what the portfolio was worth, point by point: the newest snapshot of each position until then.
+
+    A position that is closed by now counts as it is since it was. The point that is now, where `to` is not
+    earlier, is what the positions are, as `/portfolio` has it.
+    """
     now = datetime.now(UTC)
     to = min(query.to or now, now)
     from_ = query.from_ or max(to, _BEGINNING + WEEK) - WEEK
     points: tuple[EquityPoint, ...] = ()
     interval = query.interval
     if from_ <= to:
-        interval = max(interval, math.ceil((to - from_) / SECOND / (POINTS_MAX - 1)))
-        # The last point is the newest, whatever the interval.
-        first = to - (to - from_) // (interval * SECOND) * interval * SECOND
         with transaction(resources().reads) as connection:
-            points = equity_curve(connection, from_=first, to=to, interval=interval * SECOND)
-    return jsonify(
-        points=[equity_object(each) for each in points], count=len(points), interval_seconds=interval
-    )
+            most = points_max(connection)
+            interval = max(interval, math.ceil((to - from_) / SECOND / (most - 1)))
+            # The last point is the newest, whatever the interval.
+            first = to - (to - from_) // (interval * SECOND) * interval * SECOND
+            points = equity_curve(
+                connection, from_=first, to=to, interval=interval * SECOND, ends_now=to == now
+            )
+    data = {
+        "points": [equity_object(each) for each in points],
+        "count": len(points),
+        "interval_seconds": interval,
+    }
+    return listing(data, "points", columns(EquityPoint))

@@ -22,9 +22,11 @@ START = datetime(2025, 1, 30, tzinfo=UTC)
 HOUR = timedelta(hours=1)
 
 
-def curve(engine: Engine, from_: datetime, to: datetime, interval: timedelta) -> tuple[EquityPoint, ...]:
+def curve(
+    engine: Engine, from_: datetime, to: datetime, interval: timedelta, *, ends_now: bool = False
+) -> tuple[EquityPoint, ...]:
     with engine.connect() as connection:
-        return equity_curve(connection, from_=from_, to=to, interval=interval)
+        return equity_curve(connection, from_=from_, to=to, interval=interval, ends_now=ends_now)
 
 
 def held(engine: Engine, assets: int) -> dict[str, PositionKey]:
@@ -81,7 +83,8 @@ def test_each_point_adds_up_the_newest_snapshot_of_each_position(engine: Engine)
         ]
         pnl = sums[2] + sums[3]
         peak = pnl if peak is None else max(peak, pnl)
-        expected.append((at, *sums, pnl, peak - pnl))
+        unpriced = sum(each[0] is None for each in newest.values())
+        expected.append((at, *sums, pnl, peak - pnl, len(newest), unpriced))
     assert [
         (
             point.at,
@@ -91,10 +94,13 @@ def test_each_point_adds_up_the_newest_snapshot_of_each_position(engine: Engine)
             point.total_realized_pnl_usdt,
             point.total_pnl_usdt,
             point.drawdown_usdt,
+            point.positions_count,
+            point.unpriced_positions_count,
         )
         for point in found
     ] == expected
     assert len(expected) > 30
+    assert {point.unpriced_positions_count for point in found} > {0}
     assert any(point.drawdown_usdt for point in found)
 
 
@@ -110,6 +116,8 @@ def test_a_position_is_carried_from_before_the_curve_began(engine: Engine) -> No
         "total_realized_pnl_usdt": "4",
         "total_pnl_usdt": "7",
         "drawdown_usdt": "0",
+        "positions_count": 1,
+        "unpriced_positions_count": 0,
     }
 
 
@@ -141,6 +149,56 @@ def test_it_is_what_snapshots_of_the_service_add_up_to(engine: Engine) -> None:
     rows = stored(engine).values()
     assert point.total_realized_pnl_usdt == sum(row["realized_pnl"] for row in rows) == -3
     assert point.total_exposure_usdt == 0  # neither has a price
+
+
+def test_a_position_that_was_closed_between_snapshots_is_so_from_then_on(engine: Engine) -> None:
+    opened = datetime(2025, 1, 15, 10, tzinfo=UTC)
+    price = {"symbol": "BTCUSDT", "markPrice": "110", "timestamp": opened.isoformat()}
+    apply(engine, [execution("BTCUSDT", "Buy", "2", "100"), {"event_type": "position", "data": price}])
+    with transaction(engine) as connection:
+        take_snapshots(connection, None, at=opened + HOUR, stale_after=RULES.price_stale_after)
+    apply(engine, [execution("BTCUSDT", "Sell", "2", "130", number=90 * 60)])
+    half = HOUR / 2
+    found = curve(engine, opened + half, opened + 4 * half, half)
+    assert [
+        (point.total_exposure_usdt, point.total_unrealized_pnl_usdt, point.total_realized_pnl_usdt)
+        for point in found
+    ] == [(220, 20, 0), (0, 0, 60), (0, 0, 60)]
+    assert [point.positions_count for point in found] == [1, 1, 1]
+    # Also where both lie between the same two points.
+    (coarse,) = curve(engine, opened, opened + 2 * HOUR, 2 * HOUR)
+    assert coarse == found[-1]
+
+
+def test_what_a_closed_position_won_outlives_its_snapshots(engine: Engine) -> None:
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100"), execution("ETHUSDT", "Buy", "1", "1")])
+    apply(engine, [execution("BTCUSDT", "Sell", "1", "150", number=60)])
+    with transaction(engine) as connection:
+        take_snapshots(connection, None, at=START, stale_after=RULES.price_stale_after)
+        connection.exec_driver_sql("DELETE FROM position_snapshots WHERE asset = 'BTCUSDT'")
+    found = curve(engine, START - HOUR, START + HOUR, HOUR)
+    assert [(point.total_realized_pnl_usdt, point.positions_count) for point in found] == [
+        (50, 1),
+        (50, 2),
+        (50, 2),
+    ]
+
+
+def test_now_it_is_what_the_positions_are(engine: Engine) -> None:
+    """Also one that has no snapshot yet; and the drawdown is from what the snapshots told before."""
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100", execution_fees="2")])
+    price = {"symbol": "BTCUSDT", "markPrice": "150", "timestamp": START.isoformat()}
+    apply(engine, [{"event_type": "position", "data": price}])
+    with transaction(engine) as connection:
+        take_snapshots(connection, None, at=START, stale_after=RULES.price_stale_after)
+    later = {**price, "markPrice": "120", "timestamp": (START + HOUR).isoformat()}
+    apply(engine, [{"event_type": "position", "data": later}, execution("ETHUSDT", "Sell", "1", "50")])
+    then, now = curve(engine, START, START + 2 * HOUR, 2 * HOUR, ends_now=True)
+    assert (then.total_pnl_usdt, then.positions_count, then.unpriced_positions_count) == (48, 1, 0)
+    assert (now.total_pnl_usdt, now.drawdown_usdt, now.total_exposure_usdt) == (18, 30, 120)
+    assert (now.positions_count, now.unpriced_positions_count) == (2, 1)
+    (_, past) = curve(engine, START, START + 2 * HOUR, 2 * HOUR)
+    assert (past.total_pnl_usdt, past.positions_count) == (48, 1)
 
 
 def test_a_curve_of_too_many_points_is_refused(engine: Engine) -> None:

@@ -11,6 +11,7 @@ from flask.testing import FlaskClient
 from sqlalchemy import Connection, Engine, update
 
 from positions.errors import ConcurrencyConflict
+from positions.queries import history
 from positions.storage import quarantine, tables
 from positions.storage.database import transaction
 from positions.storage.quarantine import Refused
@@ -115,6 +116,8 @@ def test_history_adds_up_what_snapshots_tell(client: FlaskClient, engine: Engine
         "total_realized_pnl_usdt": "0",
         "total_pnl_usdt": "20",
         "drawdown_usdt": "0",
+        "positions_count": 2,
+        "unpriced_positions_count": 1,
     }
     assert client.get(address, query_string={"interval": "1"}).get_json()["count"] == 1
     year = {"from": (now - timedelta(days=365)).isoformat(), "to": now.isoformat(), "interval": "1"}
@@ -123,6 +126,21 @@ def test_history_adds_up_what_snapshots_tell(client: FlaskClient, engine: Engine
     assert client.get(address, query_string=backwards).get_json()["points"] == []
     assert client.get(address, query_string={"to": "0001-01-02T00:00:00Z"}).status_code == 200
     assert client.get(address, query_string={"to": "9999-12-31T23:59:59Z"}).status_code == 200
+
+
+def test_history_of_many_positions_has_fewer_points(
+    client: FlaskClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "LOOKUPS_MAX", 21)
+    apply(engine, [execution(f"A{number}USDT", "Buy", "1", "1") for number in range(4)])
+    for number in range(4):
+        assert client.post(f"/api/v1/positions/A{number}USDT/snapshot").status_code == 201
+    now = datetime.now(UTC)
+    wanted = {"from": now.isoformat(), "to": (now + timedelta(hours=1)).isoformat(), "interval": "1"}
+    body = client.get("/api/v1/portfolio/history", query_string=wanted).get_json()
+    assert (body["count"], body["points"][-1]["positions_count"]) == (1, 4)
+    year = {"from": (now - timedelta(seconds=400)).isoformat(), "to": now.isoformat(), "interval": "1"}
+    assert client.get("/api/v1/portfolio/history", query_string=year).get_json()["interval_seconds"] == 100
 
 
 def test_validation_tells_and_mends(client: FlaskClient, engine: Engine) -> None:

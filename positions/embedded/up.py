@@ -84,6 +84,7 @@ class Up:
         key = settings.api_key
         self._api_key = key.get_secret_value() if key else self._folder.secret("api-key")
         self._environ = {**environ, "POSITION_MANAGER_API_KEY": self._api_key}
+        self._environ.pop("POSITION_MANAGER_API_KEY_FILE", None)  # read already
         everywhere = {"0.0.0.0", "::"}  # noqa: S104 - compared, not bound
         self._host = "localhost" if settings.host in everywhere else settings.host
         self._supervisord: subprocess.Popen[bytes] | None = None

@@ -78,6 +78,10 @@ class Process:
         ):
             raise AssertionError(f"no {event!r} in the log:\n{self.log.read_text()[-4000:]}")
 
+    def wait(self, limit_s: float = 60) -> int:
+        """Wait for its end, and return its exit code."""
+        return self._process.wait(limit_s)
+
     def terminate(self, limit_s: float = 60) -> int:
         """Stop it as a supervisor does, and return its exit code."""
         self._process.send_signal(signal.SIGTERM)

@@ -1,65 +1,78 @@
-"""docker-compose.yml and Dockerfile against the code: no engine is needed to see what they get wrong.
-
-Read as text: for the little that is asked here the file keeps to a simple form (our services begin with
-`<<: *app`, their commands are JSON), and the tests say so where it does not.
-"""
+"""docker-compose.yml and Dockerfile against the code: no engine is needed to see what they get wrong."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
+import subprocess
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from celery.bin.celery import celery
 
 from beat_schedule import JOBS_QUEUE, SCHEDULE, TASK_QUEUE
+from positions import metrics
 from positions.cli import cli
 from positions.embedded.up import Up
 from positions.handlers.relay_outbox import CONFIRM_S
-from positions.settings import load, variables
+from positions.settings import load, secret_files, variables
 from positions.tasks.intake import DRAIN_S
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def found(pattern: str, text: str) -> list[Any]:
-    return re.findall(pattern, text, re.MULTILINE)
-
-
-SHARED, _, _REST = (ROOT / "docker-compose.yml").read_text().partition("\nservices:\n")
-SERVICES = dict(found(r"^  ([a-z]+):\n((?: {4}.*\n|\n)+)", _REST.partition("\nvolumes:\n")[0]))
-OURS = {name: block for name, block in SERVICES.items() if "<<: *app" in block}
+FILE = ROOT / "docker-compose.yml"
+WHOLE = yaml.safe_load(FILE.read_text())
+SERVICES: dict[str, dict[str, Any]] = WHOLE["services"]
+OURS = {name: service for name, service in SERVICES.items() if service["image"] == "positions"}
+SETTING = re.compile("(POSITION_MANAGER|POSTGRES|RABBITMQ|REDIS|WS_GATEWAY)_[A-Z_]+")
 
 
 def command(service: str) -> list[str]:
-    (line,) = found(r"^ {4}command: (\[.*\])$", OURS[service])
-    words = json.loads(line)
-    assert all(isinstance(word, str) for word in words)
-    return list(words)
+    """Return what runs in the end, also where a shell reads a password first."""
+    words: list[str] = OURS[service]["command"]
+    if words[:2] == ["sh", "-c"]:
+        (words,) = [line.split()[1:] for line in words[2].splitlines() if line.startswith("exec ")]
+    return words
 
 
 def stop_s(service: str) -> int:
-    (seconds,) = found(r"^ {4}stop_grace_period: (\d+)s\b", OURS[service])
-    return int(seconds)
+    return int(OURS[service]["stop_grace_period"].removesuffix("s"))
+
+
+@pytest.mark.parametrize(
+    "validator",
+    [
+        ["docker-compose", "--file", str(FILE), "config", "--quiet"],
+        ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(FILE)],
+    ],
+    ids=["docker compose", "compose-spec"],
+)
+def test_the_file_is_accepted(validator: list[str]) -> None:
+    program = Path(sys.executable).with_name(validator[0])
+    done = subprocess.run([program, *validator[1:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # A variable that is not set and has no default is only warned about.
+    assert not done.stderr
 
 
 def test_all_processes_are_there() -> None:
-    assert SERVICES.keys() - OURS.keys() == {"postgres", "rabbitmq", "redis"}
+    assert SERVICES.keys() - OURS.keys() == {"postgres", "rabbitmq", "redis", "prometheus", "grafana"}
     assert OURS.keys() == {"migrate", "web", "worker", "jobs", "beat", "relay", "flower"}
 
 
 def test_every_setting_that_is_passed_is_known() -> None:
-    text = SHARED + "".join(OURS.values())
-    passed = set(found(r"^ +((?:POSITION_MANAGER|POSTGRES|RABBITMQ|REDIS|WS_GATEWAY)_[A-Z_]+):", text))
-    assert passed >= {"POSTGRES_HOST", "RABBITMQ_HOST", "REDIS_HOST", "POSITION_MANAGER_API_KEY"}
-    assert passed - variables().keys() == set()
-    # What is taken from the host under the name of a setting is handed on under that name.
-    assert found(r"^ +(\w+): \$\{(?!\1\b)POSITION_MANAGER_", text) == []
+    for service in OURS.values():
+        passed = {name for name in service["environment"] if SETTING.fullmatch(name)}
+        assert passed - (variables().keys() | secret_files().keys()) == set()
+        # What is taken from the host under the name of a setting is handed on under that name.
+        for name, value in service["environment"].items():
+            if taken := re.match(r"\$\{(POSITION_MANAGER_\w+)", value):
+                assert taken[1] == name
 
 
 @pytest.mark.parametrize("service", OURS)
@@ -107,40 +120,87 @@ def test_nothing_is_killed_while_it_finishes_its_work() -> None:
     assert stop_s("relay") > CONFIRM_S
 
 
-def test_no_secret_is_written_down_and_none_may_be_forgotten() -> None:
-    text = SHARED + _REST
-    values = found(r"^ +\w*(?:PASSWORD|PASS|KEY|AUTH|SECRET)\w*: (.*)$", text)
-    assert len(values) >= 8
-    # Further keys are hashes; of these there need be none, nor a gateway.
-    optional = {"${POSITION_MANAGER_API_KEYS:-}", "${WS_GATEWAY_API_KEY:-}"}
-    assert [v for v in values if v not in optional and not re.search(r"\$\{\w+:\?[\w -]+\}$", v)] == []
+def test_secrets_are_files_and_each_service_is_given_its_own_only() -> None:
+    for name, service in SERVICES.items():
+        told = json.dumps([service.get("environment"), service.get("command"), service.get("healthcheck")])
+        if name == "rabbitmq":
+            told += "".join(f"/run/secrets/{each}" for each in service["secrets"])  # by run.sh
+        if name == "postgres":
+            told += (ROOT / "deploy/postgres/roles.sql").read_text()
+        assert set(re.findall(r"/run/secrets/(\w+)", told)) == set(service.get("secrets", ())), name
+        for variable in service.get("environment", ()):
+            if re.search("PASSWORD|PASS|KEY|AUTH|SECRET", variable):
+                # Further keys are hashes; of these there need be none, nor a gateway.
+                optional = variable in {"POSITION_MANAGER_API_KEYS", "WS_GATEWAY_API_KEY"}
+                assert optional or variable.endswith("_FILE"), (name, variable)
+    made = set(re.findall(r"\b\w+_password\b|\bapi_key\b", (ROOT / "deploy/secrets.sh").read_text()))
+    assert made == WHOLE["secrets"].keys()
+    assert {each["file"] for each in WHOLE["secrets"].values()} == {f"./secrets/{name}" for name in made}
+    assert "secrets/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_only_migrations_may_change_the_schema_and_flower_may_read_no_message() -> None:
+    roles = {
+        name: service["environment"].get("POSTGRES_USER")
+        for name, service in OURS.items()
+        if "POSTGRES_HOST" in service["environment"]
+    }
+    assert roles.pop("migrate") == "positions_owner"
+    assert set(roles.values()) == {"positions"}
+    assert OURS["migrate"]["environment"]["POSITION_MANAGER_DATABASE_ROLE"] == "positions"
+    users = {
+        name: service["environment"]["RABBITMQ_USER"]
+        for name, service in OURS.items()
+        if "RABBITMQ_HOST" in service["environment"]
+    }
+    assert users.pop("flower") == "flower"
+    assert set(users.values()) == {"positions"}
 
 
 def test_only_the_api_is_reachable_from_other_hosts() -> None:
-    published = {
-        name: ports
-        for name, block in SERVICES.items()
-        if (ports := [p for line in found(r"^ {4}ports: (\[.*\])$", block) for p in json.loads(line)])
-    }
-    assert sum("ports:" in block for block in SERVICES.values()) == len(published)
     outside = {
-        name for name, ports in published.items() if not all(p.startswith("127.0.0.1:") for p in ports)
+        name
+        for name, service in SERVICES.items()
+        if not all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
     }
     assert outside == {"web"}
 
 
 def test_every_service_is_bounded_and_watched() -> None:
-    for name, block in SERVICES.items():
-        assert "limits: {cpus:" in block, name
-        assert "memory:" in block, name
-        assert "restart:" in block or "<<: *app" in block, name
-        assert "healthcheck:" in block or name == "migrate", name
+    for name, service in SERVICES.items():
+        assert service["deploy"]["resources"]["limits"].keys() == {"cpus", "memory"}, name
+        assert service["restart"], name
+        assert service["logging"]["options"]["max-size"], name
+        assert "healthcheck" in service or name == "migrate", name
+
+
+def test_what_is_mounted_exists() -> None:
+    mounted = [
+        volume.split(":")[0]
+        for service in SERVICES.values()
+        for volume in service.get("volumes", ())
+        if volume.startswith("./")
+    ]
+    assert mounted
+    assert [each for each in mounted if not (ROOT / each).exists()] == []
+
+
+def test_every_process_is_scraped_where_it_listens() -> None:
+    jobs = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"]
+    scraped = {
+        job["job_name"]: (found["names"], found["port"])
+        for job in jobs
+        for found in job.get("dns_sd_configs", ())
+    }
+    assert scraped == {name: ([name], port) for name, port in {"web": 4800, **metrics.PORTS}.items()}
+    for name in metrics.PORTS:
+        assert OURS[name]["environment"]["POSITION_MANAGER_METRICS_HOST"] == "0.0.0.0"
 
 
 def test_what_the_image_copies_exists_and_reaches_the_build() -> None:
     wanted = {
         source
-        for line in found(r"^COPY (?!--from)(.*)$", (ROOT / "Dockerfile").read_text())
+        for line in re.findall(r"^COPY (?!--from)(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
         for source in line.split()[:-1]
     }
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}

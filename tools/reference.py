@@ -54,8 +54,8 @@ def settings_page() -> str:
     intro = (
         "Environment variables, read once at start; an empty one counts as unset. A wrong value ends the"
         " process with a message that names the variable, an unknown `POSITION_MANAGER_*` is warned about."
-        " A secret may be in a file: each variable that holds one (passwords, keys, URLs of servers) has another"
-        " with `_FILE` after its name, which takes the file's path."
+        " A secret may be in a file: each variable that holds one (password, key, URL of a server) has"
+        " another with `_FILE` after its name, for the file's path."
     )
     lines += [intro, "", "| variable | default | what |", "|---|---|---|"]
     for name, field in settings.variables().items():

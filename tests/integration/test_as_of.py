@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from fractions import Fraction
 from random import Random
 from typing import Any
 
@@ -318,3 +319,63 @@ def test_the_portfolio_of_then_had_the_positions_of_then(engine: Engine) -> None
     assert (then.total_exposure_usdt, then.total_unrealized_pnl_usdt, then.total_pnl_usdt) == (110, 10, 9)
     assert (list(then.by_asset), then.open_positions_count, then.limit_exceeded) == (["BTCUSDT"], 1, True)
     assert all_was(engine, at_second(-1)).by_asset == {}
+
+
+def plain_fold(fills: Sequence[tuple[int, str, int, int, int]]) -> tuple[Fraction, Fraction, Fraction]:
+    """Return size, average and realized PnL of fills: second, id, signed quantity, price, fee."""
+    size, average, realized = Fraction(0), Fraction(0), Fraction(0)
+    for _, _, quantity, price, fee in sorted(fills):
+        closed = min(abs(quantity), abs(size)) if quantity * size < 0 else 0
+        realized += closed * (price - average) * (1 if size > 0 else -1) - fee
+        opened = abs(quantity) - closed
+        if opened:
+            held = abs(size) - closed
+            average = (held * average + opened * price) / (held + opened)
+        size += quantity
+    return size, average, realized
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(st.data())
+def test_every_moment_is_the_plain_fold_of_the_fills_until_then(engine: Engine, data: st.DataObject) -> None:
+    """However they came, through closings and flips, and whatever snapshots say that were taken late."""
+    number = st.integers(1, 4)
+    drawn = data.draw(
+        st.lists(st.tuples(st.integers(0, 9), number, number, number, st.booleans()), max_size=12)
+    )
+    fills = [
+        (second, f"exec:e{each:02}", quantity if bought else -quantity, price, fee)
+        for each, (second, quantity, price, fee, bought) in enumerate(drawn)
+    ]
+    messages = [
+        execution(
+            "BTCUSDT",
+            "Buy" if quantity > 0 else "Sell",
+            str(abs(quantity)),
+            str(price),
+            number=second,
+            execution_fees=str(fee),
+            execution_id=id_.removeprefix("exec:"),
+        )
+        for second, id_, quantity, price, fee in fills
+    ]
+    clear(engine)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(positions_domain, "POINT_EVERY", data.draw(st.integers(1, 4)))
+        shuffled = data.draw(st.permutations(messages))
+        while shuffled:
+            batch = data.draw(st.integers(1, 5))
+            apply(engine, shuffled[:batch])
+            shuffled = shuffled[batch:]
+            if data.draw(st.booleans()):
+                snapshot(engine, at_second(data.draw(st.integers(0, 10)) + 0.5))
+    for second in range(-1, 11):
+        until = [fill for fill in fills if fill[0] <= second]
+        if not until:
+            continue
+        size, average, realized = plain_fold(until)
+        found = was(engine, at_second(second))
+        assert found.size == size
+        assert abs(Fraction(found.realized_pnl) - realized) < Fraction(1, 10**15)
+        assert abs(Fraction(found.average_entry_price or 0) - (average if size else 0)) < Fraction(1, 10**15)
+        assert (found.closed_at is None) == bool(size)

@@ -325,7 +325,7 @@ def plain_fold(fills: Sequence[tuple[int, str, int, int, int]]) -> tuple[Fractio
     """Return size, average and realized PnL of fills: second, id, signed quantity, price, fee."""
     size, average, realized = Fraction(0), Fraction(0), Fraction(0)
     for _, _, quantity, price, fee in sorted(fills):
-        closed = min(abs(quantity), abs(size)) if quantity * size < 0 else 0
+        closed = min(Fraction(abs(quantity)), abs(size)) if quantity * size < 0 else Fraction(0)
         realized += closed * (price - average) * (1 if size > 0 else -1) - fee
         opened = abs(quantity) - closed
         if opened:

@@ -1,4 +1,4 @@
-"""Flower's configuration, read where `celery -A celery_app flower` is started; its command line goes before it.
+"""Flower's configuration, read where `celery -A celery_app flower` is started; options go before it.
 
 Whoever is in can stop workers: it answers this host only, and only who knows the password.
 """

@@ -58,13 +58,13 @@ def test_a_batch_shows_its_size_and_outcome_and_no_payload(
 ) -> None:
     with worker(env, tmp_path):
         good = execution("BTCUSDT", "Buy", "0.123456", "45678.9", trace_id="not-for-flower")
-        # One by one until Flower has begun to listen; the worker knows the second already.
-        assert wait_until(
-            lambda: (
-                publish(broker_url, [(EXECUTION_QUEUE, good), (EXECUTION_QUEUE, b"{bad")]) or tasks(flower)
-            ),
-            limit_s=60,
-        )
+
+        def shown() -> bool:
+            # Again until Flower has begun to listen.
+            publish(broker_url, [(EXECUTION_QUEUE, good), (EXECUTION_QUEUE, b"{bad")])
+            return bool(tasks(flower))
+
+        assert wait_until(shown, limit_s=60)
         assert wait_until(lambda: all(each["state"] == "SUCCESS" for each in tasks(flower)), limit_s=60)
     seen = tasks(flower)
     assert all(each["args"].endswith(f" {EXECUTION_QUEUE}>") for each in seen), seen

@@ -1,14 +1,15 @@
 """What happens on a schedule: data only. The cadence is a setting's name, or seconds."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class Job(TypedDict):
-    """One job: which task, how often, on which queue."""
+    """One job: which task, how often, on which queue, and whether a worker that begins asks for it too."""
 
     task: str
     every: str | float
     queue: str
+    at_start: NotRequired[bool]
 
 
 TASK_QUEUE = "positions.tasks"
@@ -31,5 +32,11 @@ SCHEDULE: dict[str, Job] = {
         "task": "positions.refresh_prices",
         "every": "price_refresh_interval",
         "queue": JOBS_QUEUE,
+    },
+    "make room": {
+        "task": "positions.make_room",
+        "every": 86_400,
+        "queue": JOBS_QUEUE,
+        "at_start": True,
     },
 }

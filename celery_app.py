@@ -4,17 +4,20 @@ Run as `celery -A celery_app worker` and `celery -A celery_app beat`. A worker w
 events in and leaves the jobs to one with `-Q positions.jobs`; one without `-Q` does both.
 """
 
+from contextlib import suppress
+from threading import Thread
 from typing import Any
 
 from celery import Celery
-from celery.signals import setup_logging
+from celery.signals import setup_logging, worker_ready
 from kombu import Queue
+from kombu.exceptions import OperationalError
 
 from beat_schedule import JOBS_QUEUE, SCHEDULE, TASK_QUEUE, Job
 from positions import log_config
 from positions.settings import load
 from positions.storage.broker import transport_options
-from positions.tasks import resources
+from positions.tasks import gateway, resources
 from positions.tasks.alive import Alive
 from positions.tasks.intake import Drain, Intake, guard_properties
 from positions.tasks.measured import measure
@@ -34,7 +37,7 @@ def _entry(job: Job) -> dict[str, Any]:
     }
 
 
-_TASKS = ("events", "portfolio", "prices", "snapshots")
+_TASKS = ("events", "portfolio", "prices", "retention", "snapshots")
 app = Celery("positions", include=[f"positions.tasks.{name}" for name in _TASKS])
 app.conf.update(
     broker_url=settings.broker,
@@ -72,6 +75,7 @@ app.conf.update(
     task_send_sent_event=True,
     worker_hijack_root_logger=False,
     worker_redirect_stdouts=False,
+    beat_scheduler="positions.tasks.beat:Scheduler",
     beat_max_loop_interval=5,
     beat_schedule={name: _entry(job) for name, job in SCHEDULE.items()},
 )
@@ -80,6 +84,22 @@ app.steps["worker"].add(Drain)
 app.steps["worker"].add(Alive)
 guard_properties()
 measure(settings)
+
+
+@worker_ready.connect(weak=False)
+def _begin_jobs(**_: Any) -> None:
+    if JOBS_QUEUE in app.amqp.queues.consume_from:
+        # Apart: neither the broker nor the gateway may hold the worker up.
+        Thread(target=_at_start, daemon=True).start()
+
+
+def _at_start() -> None:
+    for job in SCHEDULE.values():
+        if job.get("at_start"):
+            with suppress(OperationalError):  # the broker is gone again: beat asks soon enough
+                entry = _entry(job)
+                app.send_task(entry["task"], **entry["options"])
+    gateway.subscribe(settings)
 
 
 @setup_logging.connect(weak=False)

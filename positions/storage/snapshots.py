@@ -19,7 +19,8 @@ from positions.storage.ledger import FIRST, LAST
 from positions.storage.portfolio import GROSS_EXPOSURE
 from positions.storage.tables import positions
 
-_LOCK = 4_800_003  # advisory lock: one partition is made at a time
+PARTITIONS_LOCK = 4_800_003
+"""Advisory lock: one partition is made or taken away at a time."""
 
 _TYPED = ("exposure", "net_exposure", "unrealized_pnl", "realized_pnl")
 # Sorted as every writer's: two that add the same snapshots wait for each other and never deadlock.
@@ -207,6 +208,11 @@ def month_of(at: datetime) -> datetime:
     return at.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
 
 
+def next_month(month: datetime) -> datetime:
+    """Return the beginning of the month after the one that begins at ``month``."""
+    return month_of(month + timedelta(days=31))
+
+
 def make_partition(connection: Connection, month: datetime) -> bool:
     """Make the partition of the month that begins at ``month``, unless it is there; tell whether it was made.
 
@@ -217,10 +223,10 @@ def make_partition(connection: Connection, month: datetime) -> bool:
     name = f"position_snapshots_{month:%Y_%m}"
     if _attached(connection, name):
         return False
-    connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%(lock)s)", {"lock": _LOCK})
+    connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%(lock)s)", {"lock": PARTITIONS_LOCK})
     if _attached(connection, name):
         return False
-    bounds = {"from": month, "to": month_of(month + timedelta(days=31))}
+    bounds = {"from": month, "to": next_month(month)}
     # Made apart and attached, which other months' readers and writers need not wait for.
     connection.exec_driver_sql(f"CREATE TABLE {name} (LIKE position_snapshots INCLUDING ALL)")
     connection.exec_driver_sql("LOCK TABLE position_snapshots_default IN ACCESS EXCLUSIVE MODE")

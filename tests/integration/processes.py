@@ -120,6 +120,17 @@ def jobs(env: Mapping[str, str], folder: Path) -> Iterator[Process]:
 
 
 @contextmanager
+def beat(env: Mapping[str, str], schedule: Path) -> Iterator[Process]:
+    """Run a beat with its file at ``schedule``; that it has begun is seen by what it asks for."""
+    arguments = ["celery", "-A", "celery_app", "beat", "--schedule", str(schedule), "--pidfile="]
+    process = Process(arguments, env, schedule.with_suffix(".log"))
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+@contextmanager
 def relay(env: Mapping[str, str], folder: Path) -> Iterator[Process]:
     """Run a relay."""
     process = Process(["positions.cli", "relay"], env, folder / "relay.log")

@@ -4,6 +4,7 @@ Run as `celery -A celery_app worker` and `celery -A celery_app beat`. A worker w
 events in and leaves the jobs to one with `-Q positions.jobs`; one without `-Q` does both.
 """
 
+import gc
 from contextlib import suppress
 from threading import Thread
 from typing import Any
@@ -79,6 +80,10 @@ app.conf.update(
     beat_max_loop_interval=5,
     beat_schedule={name: _entry(job) for name, job in SCHEDULE.items()},
 )
+# A batch is many objects that live as long as it does: the collector would look at all of them again and
+# again. What is loaded by now stays, and is left alone, in the pool's processes too.
+gc.set_threshold(50_000, 20, 100)
+gc.freeze()
 app.steps["consumer"].add(Intake)
 app.steps["worker"].add(Drain)
 app.steps["worker"].add(Alive)

@@ -246,7 +246,11 @@ class Settings(BaseModel):
         description="Comma-separated names of the queues that carry executions and order reports.",
     )
     batch_size: int = Field(
-        200, validation_alias=_env("BATCH_SIZE"), ge=1, le=2000, description="Events in one transaction."
+        2000,
+        validation_alias=_env("BATCH_SIZE"),
+        ge=1,
+        le=2000,
+        description="Messages in one transaction at most: so many only where there is a backlog.",
     )
     batch_wait_ms: int = Field(
         20,

@@ -6,8 +6,7 @@ the scale the fold keeps (`FOLD_SCALE`). Nothing is rounded on the way but the q
 and a figure is rounded half-even to 18 decimals (`SCALE`) once, when it leaves the fold.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from decimal import (
     ROUND_HALF_EVEN,
     Context,
@@ -34,11 +33,9 @@ _EXACT = Context(
 _ROUNDING = Context(prec=320, rounding=ROUND_HALF_EVEN, traps=[InvalidOperation, DivisionByZero, Overflow])
 
 
-@contextmanager
-def exact() -> Iterator[None]:
+def exact() -> AbstractContextManager[Context]:
     """Make sums and products in this block exact: what would round raises :class:`decimal.Inexact`."""
-    with localcontext(_EXACT):
-        yield
+    return localcontext(_EXACT)
 
 
 def proportion(amount: Decimal, part: Decimal, whole: Decimal) -> Decimal:
@@ -58,18 +55,17 @@ def rounded(amount: Decimal) -> Decimal:
 
 def fits(number: Decimal) -> bool:
     """Tell whether ``number`` is finite, below 1e20 and has no digit after the 18th decimal."""
-    if not number.is_finite():
+    _, digits, exponent = number.as_tuple()
+    if not isinstance(exponent, int):
         return False
     if not number:
         return True
-    if number.adjusted() >= INTEGER_DIGITS:
+    if len(digits) + exponent > INTEGER_DIGITS:
         return False
-    exponent = number.as_tuple().exponent
-    if not isinstance(exponent, int) or exponent >= -SCALE:
+    if exponent >= -SCALE:
         return True
     # More decimals than we keep are fine where they are zeros. The exponent was bounded from above
     # only, so compare digits instead of building 10 ** exponent.
-    digits = number.as_tuple().digits
     excess = -exponent - SCALE
     return excess < len(digits) and not any(digits[-excess:])
 

@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
-from typing import Annotated, Any, Final, NoReturn
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from typing import Any, Final, NamedTuple, NoReturn
 
 from positions.domain.events import Entry, Event, Kind, LegName, Mode, PositionKey, Report, TimeSource
 from positions.domain.numbers import INTEGER_DIGITS, SCALE, ZERO, exact, fits, plain
@@ -36,14 +34,13 @@ AHEAD_MAX: Final = timedelta(minutes=10)
 Record = Mapping[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Delivery:
-    """One message as it came from a queue."""
+class Delivery(NamedTuple):
+    """One message as it came from a queue, undecoded."""
 
     queue: str
     body: bytes
-    headers: Record
-    properties: Record
+    headers: Mapping[str, Any]
+    properties: Mapping[str, Any]
     """AMQP properties that were set, e.g. `timestamp`, `message_id`, `content_type`."""
     received_at: datetime
 
@@ -138,17 +135,16 @@ class _Source:
         self.delivery = delivery
         self.now = now
         self.trace_id = trace_id(envelope, delivery.headers)
-        self.event_id: str | None = _Text(value=envelope.get("event_id") or None).value
+        self.event_id: str | None = _read("event_id", _text, envelope.get("event_id") or None)
 
     def digest(self, content: Record) -> str:
         """Return the SHA-256 of the canonical form of ``content``."""
-        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return hashlib.sha256(_canonical(content).encode()).hexdigest()
 
     def time(self, own: datetime | None) -> tuple[datetime, TimeSource]:
         """Return the event's time and where it is from: its own, the envelope's, AMQP's, its arrival."""
         if own is None:
-            own = _Moment(value=_pick((self.envelope,), "timestamp", "creationTime")).value
+            own = _read("timestamp", _moment, _pick((self.envelope,), ("timestamp", "creationTime")))
         latest = self.now + AHEAD_MAX
         if own is not None:
             if own > latest:
@@ -166,7 +162,8 @@ class _Source:
 def _parse(body: bytes) -> Record:
     """Return the JSON object in ``body``, numbers with a fraction as exact decimals."""
     try:
-        parsed = json.loads(body, parse_float=Decimal, parse_constant=_refuse_constant)
+        # As json.loads does it, which makes a new decoder for each message.
+        parsed = _decoder.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
     except InvalidEvent:
         raise
     except (ValueError, InvalidOperation) as error:
@@ -178,6 +175,10 @@ def _parse(body: bytes) -> Record:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise InvalidEvent(f"{name} is not a number JSON allows")
+
+
+_decoder = json.JSONDecoder(parse_float=Decimal, parse_constant=_refuse_constant)
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str).encode
 
 
 def _inner(envelope: Record) -> Record:
@@ -200,7 +201,7 @@ def _records(envelope: Record) -> list[Record]:
     return records
 
 
-def _pick(records: tuple[Record, ...], *names: str) -> Any:
+def _pick(records: tuple[Record, ...], names: tuple[str, ...]) -> Any:
     """Return the first value given under any of ``names``; the exchange sends "" for none."""
     for record in records:
         for name in names:
@@ -210,9 +211,7 @@ def _pick(records: tuple[Record, ...], *names: str) -> Any:
     return None
 
 
-def _amount(value: Any) -> Decimal | None:
-    if value is None:
-        return None
+def _amount(value: Any) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, int | str | Decimal):
         raise ValueError("must be a number")
     try:
@@ -255,9 +254,7 @@ def _moment(value: Any) -> datetime | None:
     return at
 
 
-def _text(value: Any) -> str | None:
-    if value is None:
-        return None
+def _text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError("must be text")
     text = str(value).strip()
@@ -269,106 +266,96 @@ def _text(value: Any) -> str | None:
 def _asset(value: Any) -> str:
     text = value.strip().upper() if isinstance(value, str) else ""
     if not _ASSET.fullmatch(text):
-        raise ValueError("missing" if value is None else f"{_quoted(value)} is not the symbol of an asset")
+        raise ValueError(f"{_quoted(value)} is not the symbol of an asset")
     return text
 
 
+_SIGNS: Final[Mapping[str, int | None]] = {"buy": 1, "sell": -1, "none": None}
+
+
 def _sign(value: Any) -> int | None:
-    if value is None:
-        return None
-    sign = {"buy": 1, "sell": -1, "none": None}.get(value.strip().lower(), 0) if isinstance(value, str) else 0
+    sign = _SIGNS.get(value.strip().lower(), 0) if isinstance(value, str) else 0
     if sign == 0:
         raise ValueError(f"{_quoted(value)} is neither Buy nor Sell")
     return sign
 
 
-def _whole(value: Any) -> int | None:
-    if value is None:
-        return None
+def _whole(value: Any) -> int:
     if isinstance(value, bool) or not re.fullmatch(r"\d{1,18}", str(value)):
         raise ValueError("must be a whole number of at most 18 digits")
     return int(value)
 
 
-def _mode(value: Any) -> Mode | LegName | None:
+_MODES: Final[Mapping[str, Mode | LegName]] = {
+    "0": Mode.ONE_WAY,
+    "one-way": Mode.ONE_WAY,
+    "hedge": Mode.HEDGE,
+    "1": LegName.LONG,
+    "2": LegName.SHORT,
+}
+_SIDE_LEGS: Final[Mapping[str, LegName | None]] = {
+    "long": LegName.LONG,
+    "short": LegName.SHORT,
+    "both": None,
+    "none": None,
+}
+
+
+def _mode(value: Any) -> Mode | LegName:
     """Return the mode, or the leg where the value is a position index (1 long, 2 short)."""
-    if value is None:
-        return None
-    known: dict[str, Mode | LegName] = {
-        "0": Mode.ONE_WAY,
-        "one-way": Mode.ONE_WAY,
-        "hedge": Mode.HEDGE,
-        "1": LegName.LONG,
-        "2": LegName.SHORT,
-    }
     text = str(value).strip().lower()
-    if isinstance(value, bool) or text not in known:
+    if isinstance(value, bool) or text not in _MODES:
         raise ValueError(f"{_quoted(value)} is none of one-way, hedge, 0, 1, 2")
-    return known[text]
+    return _MODES[text]
 
 
 def _side_leg(value: Any) -> LegName | None:
-    if value is None:
-        return None
-    known: dict[str, LegName | None] = {
-        "long": LegName.LONG,
-        "short": LegName.SHORT,
-        "both": None,
-        "none": None,
-    }
     text = str(value).strip().lower()
-    if text not in known:
+    if text not in _SIDE_LEGS:
         raise ValueError(f"{_quoted(value)} is neither long nor short")
-    return known[text]
+    return _SIDE_LEGS[text]
 
 
 def _quoted(value: Any) -> str:
     return repr(value if len(str(value)) <= 40 else f"{str(value)[:40]}...")
 
 
-class _Wire(BaseModel):
-    """A record of the wire: fields are given by name, validated here, and wrong ones named."""
-
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
-
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = str(first["loc"][0]) if first["loc"] else None
-            raise InvalidEvent(first["msg"].removeprefix("Value error, "), field) from None
+Reader = Callable[[Any], Any]
+Names = Mapping[str, tuple[Reader, tuple[str, ...]]]
+"""Of each field what reads its value, and its spellings; the first one that has a value counts."""
 
 
-Amount = Annotated[Decimal | None, BeforeValidator(_amount)]
-Time = Annotated[datetime | None, BeforeValidator(_moment)]
-Asset = Annotated[str, BeforeValidator(_asset)]
-Text = Annotated[str | None, BeforeValidator(_text)]
-Sign = Annotated[int | None, BeforeValidator(_sign)]
-Whole = Annotated[int | None, BeforeValidator(_whole)]
-ModeOrLeg = Annotated[Mode | LegName | None, BeforeValidator(_mode)]
-SideLeg = Annotated[LegName | None, BeforeValidator(_side_leg)]
+def _read(field: str, reader: Reader, value: Any) -> Any:
+    """Return what ``reader`` makes of a value that is given; None of none."""
+    if value is None:
+        return None
+    try:
+        return reader(value)
+    except ValueError as error:
+        raise InvalidEvent(str(error), field) from None
 
 
-class _Text(_Wire):
-    value: Text
+def _given(names: Names, *records: Record) -> dict[str, Any]:
+    """Return what the records say of each field, read; the first that cannot be is named."""
+    return {
+        field: _read(field, reader, _pick(records, spellings)) for field, (reader, spellings) in names.items()
+    }
 
 
-class _Moment(_Wire):
-    value: Time
-
-
-class _Place(_Wire):
+@dataclass(slots=True)
+class _Place:
     """Which position and leg a record is about."""
 
-    symbol: Asset
-    mode: ModeOrLeg
-    position_idx: ModeOrLeg
-    position_side: SideLeg
-    side: Sign
+    symbol: str | None
+    mode: Mode | LegName | None
+    position_idx: Mode | LegName | None
+    position_side: LegName | None
+    side: int | None
 
     @property
     def key(self) -> PositionKey:
+        if self.symbol is None:
+            raise InvalidEvent("missing", "symbol")
         return PositionKey(self.symbol, self._mode)
 
     @property
@@ -389,38 +376,35 @@ class _Place(_Wire):
         return None
 
 
-_PLACE_NAMES = {
-    "symbol": ("symbol", "asset"),
-    "mode": ("mode",),
-    "position_idx": ("positionIdx", "position_idx"),
-    "position_side": ("position_side", "positionSide"),
-    "side": ("side",),
+_PLACE: Names = {
+    "symbol": (_asset, ("symbol", "asset")),
+    "mode": (_mode, ("mode",)),
+    "position_idx": (_mode, ("positionIdx", "position_idx")),
+    "position_side": (_side_leg, ("position_side", "positionSide")),
+    "side": (_sign, ("side",)),
 }
 
 
-def _given(names: Mapping[str, tuple[str, ...]], *records: Record) -> dict[str, Any]:
-    return {field: _pick(records, *spellings) for field, spellings in names.items()}
-
-
+@dataclass(slots=True)
 class _Report(_Place):
-    size: Amount
-    avg_price: Amount
-    unrealised_pnl: Amount
-    realised_pnl: Amount
-    mark_price: Amount
-    timestamp: Time
-    seq: Whole
+    size: Decimal | None
+    avg_price: Decimal | None
+    unrealised_pnl: Decimal | None
+    realised_pnl: Decimal | None
+    mark_price: Decimal | None
+    timestamp: datetime | None
+    seq: int | None
 
 
-_REPORT_NAMES = {
-    **_PLACE_NAMES,
-    "size": ("size",),
-    "avg_price": ("avg_price", "avgPrice", "entry_price", "entryPrice"),
-    "unrealised_pnl": ("unrealised_pnl", "unrealisedPnl"),
-    "realised_pnl": ("realised_pnl", "cum_realised_pnl", "cumRealisedPnl", "realisedPnl"),
-    "mark_price": ("mark_price", "markPrice"),
-    "timestamp": ("timestamp", "updatedTime", "updated_time"),
-    "seq": ("seq",),
+_REPORT_NAMES: Names = {
+    **_PLACE,
+    "size": (_amount, ("size",)),
+    "avg_price": (_amount, ("avg_price", "avgPrice", "entry_price", "entryPrice")),
+    "unrealised_pnl": (_amount, ("unrealised_pnl", "unrealisedPnl")),
+    "realised_pnl": (_amount, ("realised_pnl", "cum_realised_pnl", "cumRealisedPnl", "realisedPnl")),
+    "mark_price": (_amount, ("mark_price", "markPrice")),
+    "timestamp": (_moment, ("timestamp", "updatedTime", "updated_time")),
+    "seq": (_whole, ("seq",)),
 }
 
 
@@ -473,36 +457,37 @@ def _signed(wire: _Report, leg: LegName) -> Decimal | None:
     return abs(wire.size) if leg is LegName.LONG else -abs(wire.size)
 
 
+@dataclass(slots=True)
 class _Execution(_Place):
-    quantity: Amount
-    price: Amount
-    fee: Amount
-    executed_at: Time
-    execution_id: Text
-    order_id: Text
-    closed_size: Amount
-    exec_type: Text
-    seq: Whole
+    quantity: Decimal | None
+    price: Decimal | None
+    fee: Decimal | None
+    executed_at: datetime | None
+    execution_id: str | None
+    order_id: str | None
+    closed_size: Decimal | None
+    exec_type: str | None
+    seq: int | None
 
 
-_EXECUTION_NAMES = {
-    **_PLACE_NAMES,
-    "quantity": ("execution_quantity", "exec_qty", "execQty"),
-    "price": ("execution_price", "exec_price", "execPrice"),
-    "fee": ("execution_fees", "execution_fee", "exec_fee", "execFee"),
-    "executed_at": ("executed_at", "exec_time", "execTime"),
-    "execution_id": ("execution_id", "exec_id", "execId"),
-    "order_id": ("order_id", "orderId"),
-    "closed_size": ("closed_size", "closedSize"),
-    "exec_type": ("exec_type", "execType"),
-    "seq": ("seq",),
+_EXECUTION_NAMES: Names = {
+    **_PLACE,
+    "quantity": (_amount, ("execution_quantity", "exec_qty", "execQty")),
+    "price": (_amount, ("execution_price", "exec_price", "execPrice")),
+    "fee": (_amount, ("execution_fees", "execution_fee", "exec_fee", "execFee")),
+    "executed_at": (_moment, ("executed_at", "exec_time", "execTime")),
+    "execution_id": (_text, ("execution_id", "exec_id", "execId")),
+    "order_id": (_text, ("order_id", "orderId")),
+    "closed_size": (_amount, ("closed_size", "closedSize")),
+    "exec_type": (_text, ("exec_type", "execType")),
+    "seq": (_whole, ("seq",)),
 }
 # position_updated_from_order: one execution all the same, with the quantity under another name.
-_FILLED_NAMES = {
+_FILLED_NAMES: Names = {
     **_EXECUTION_NAMES,
-    "quantity": ("filled_quantity", "execution_quantity"),
-    "price": ("execution_price", "average_price", "price"),
-    "fee": ("execution_fees", "execution_fee", "fees"),
+    "quantity": (_amount, ("filled_quantity", "execution_quantity")),
+    "price": (_amount, ("execution_price", "average_price", "price")),
+    "fee": (_amount, ("execution_fees", "execution_fee", "fees")),
 }
 
 
@@ -548,21 +533,22 @@ def _execution(record: Record, source: _Source, *, filled: bool = False, place: 
     )
 
 
+@dataclass(slots=True)
 class _Order(_Place):
-    filled_quantity: Amount
-    average_price: Amount
-    fees: Amount
-    executed_at: Time
-    order_id: Text
+    filled_quantity: Decimal | None
+    average_price: Decimal | None
+    fees: Decimal | None
+    executed_at: datetime | None
+    order_id: str | None
 
 
-_ORDER_NAMES = {
-    **_PLACE_NAMES,
-    "filled_quantity": ("filled_quantity",),
-    "average_price": ("average_price",),
-    "fees": ("fees",),
-    "executed_at": ("executed_at",),
-    "order_id": ("order_id", "id"),
+_ORDER_NAMES: Names = {
+    **_PLACE,
+    "filled_quantity": (_amount, ("filled_quantity",)),
+    "average_price": (_amount, ("average_price",)),
+    "fees": (_amount, ("fees",)),
+    "executed_at": (_moment, ("executed_at",)),
+    "order_id": (_text, ("order_id", "id")),
 }
 
 
@@ -573,7 +559,7 @@ def _order_report(kind: str, record: Record, source: _Source) -> Decoded:
         if kind in IGNORED_TYPES:
             return Decoded(ignored=kind)
         raise InvalidEvent("missing", "order")
-    if _pick((order, record), "is_dry_run") in (True, "true", "True", 1):
+    if _pick((order, record), ("is_dry_run",)) in (True, "true", "True", 1):
         return Decoded(ignored="dry_run")
     if kind in IGNORED_TYPES and (kind != "cancelled" or not _filled(order)):
         return Decoded(ignored=kind)
@@ -600,10 +586,7 @@ def _order_report(kind: str, record: Record, source: _Source) -> Decoded:
 
 
 def _filled(order: Record) -> bool:
-    try:
-        return bool(_amount(_pick((order,), "filled_quantity")))
-    except ValueError as error:
-        raise InvalidEvent(str(error), "filled_quantity") from None
+    return bool(_read("filled_quantity", _amount, _pick((order,), ("filled_quantity",))))
 
 
 def _traded(side: int | None, quantity: Decimal | None, field: str) -> Decimal:

@@ -1,5 +1,6 @@
 """The fold's state as JSON: every digit kept, empty parts left out."""
 
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -9,6 +10,9 @@ from positions.domain.events import LegName, PositionKey, Report, TimeSource
 from positions.domain.leg import FillOrder, Leg
 from positions.domain.numbers import ZERO, plain
 from positions.domain.position import Held, Mark, Point, State, Takeover, empty
+
+dumps = json.JSONEncoder(separators=(",", ":")).encode
+"""What writes a state's data as text."""
 
 _LEG_AMOUNTS = ("size", "cost", "gross", "fees", "funding", "missing")
 _LEG_TIMES = ("opened_at", "closed_at", "traded_at", "touched_at")

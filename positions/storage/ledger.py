@@ -3,34 +3,44 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping
 
 from positions.domain.events import Entry, Kind, LegName, PositionKey, TimeSource
 from positions.domain.leg import FillOrder
+from positions.storage import arrays
 
-_COLUMNS = (
-    "key, kind, leg, quantity, price, fee, executed_at, time_source, venue_seq, order_id, exec_type,"
-    " trace_id, size_after"
-)
+_KINDS = {
+    "key": "text",
+    "kind": "text",
+    "leg": "text",
+    "quantity": "numeric",
+    "price": "numeric",
+    "fee": "numeric",
+    "executed_at": "timestamptz",
+    "time_source": "text",
+    "venue_seq": "bigint",
+    "order_id": "text",
+    "exec_type": "text",
+    "trace_id": "text",
+    "size_after": "numeric",
+}
+_COLUMNS = ", ".join(_KINDS)
+_WITH_KEY = {"asset": "text", "mode": "text", **_KINDS}
 # Sorted by key: two workers that insert the same entries wait for each other in the same order.
 _INSERT = f"""
     INSERT INTO ledger (position_id, {_COLUMNS})
-    SELECT p.id, {", ".join("v." + name for name in _COLUMNS.split(", "))}
-    FROM unnest(
-        %(asset)s::text[], %(mode)s::text[], %(key)s::text[], %(kind)s::text[], %(leg)s::text[],
-        %(quantity)s::numeric[], %(price)s::numeric[], %(fee)s::numeric[], %(executed_at)s::timestamptz[],
-        %(time_source)s::text[], %(venue_seq)s::bigint[], %(order_id)s::text[], %(exec_type)s::text[],
-        %(trace_id)s::text[], %(size_after)s::numeric[]
-    ) AS v (asset, mode, {_COLUMNS})
+    SELECT p.id, {", ".join("v." + name for name in _KINDS)}
+    FROM {arrays.unnest(_WITH_KEY)} AS v (asset, mode, {_COLUMNS})
     JOIN positions p ON p.asset = v.asset AND p.mode = v.mode
     ORDER BY v.key
     ON CONFLICT (key) DO NOTHING
     RETURNING key
 """
 BEGINNING = FillOrder(datetime(1970, 1, 1, tzinfo=UTC), -1, "")
-_SELECT = f"SELECT p.asset, p.mode, {', '.join('l.' + name for name in _COLUMNS.split(', '))}"
+_SELECT = f"SELECT p.asset, p.mode, {', '.join('l.' + name for name in _KINDS)}"
 _OF_ORDERS = f"""
     {_SELECT} FROM ledger l JOIN positions p ON p.id = l.position_id
     WHERE l.order_id IN (
@@ -87,15 +97,11 @@ def insert(connection: Connection, entries: Sequence[Entry]) -> set[str]:
     """Write ``entries``, whose positions must exist, and return the keys of those that were new."""
     if not entries:
         return set()
-    rows = connection.exec_driver_sql(
-        _INSERT,
-        {
-            "asset": [entry.position.asset for entry in entries],
-            "mode": [entry.position.mode for entry in entries],
-            **{name: [getattr(entry, name) for entry in entries] for name in _COLUMNS.split(", ")},
-        },
-    )
-    return {row.key for row in rows}
+    keys = [entry.position for entry in entries]
+    columns: dict[str, Iterable[Any]] = {name: map(attrgetter(name), entries) for name in _KINDS}
+    columns |= {"asset": [key.asset for key in keys], "mode": [key.mode for key in keys]}
+    rows = connection.exec_driver_sql(_INSERT, arrays.literals(_WITH_KEY, columns))
+    return set(rows.scalars())
 
 
 def of_reported_orders(connection: Connection, orders: Iterable[str]) -> dict[PositionKey, list[Entry]]:

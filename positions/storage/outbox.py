@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import Connection
 
-_INSERT = """
+from positions.storage import arrays
+
+_KINDS = dict.fromkeys(("event_type", "trace_id", "body"), "text")
+_INSERT = f"""
     INSERT INTO outbox (event_type, trace_id, body)
     SELECT v.event_type, v.trace_id, v.body
-    FROM unnest(%(event_type)s::text[], %(trace_id)s::text[], %(body)s::text[])
-        WITH ORDINALITY AS v (event_type, trace_id, body, position)
+    FROM {arrays.unnest(_KINDS)} WITH ORDINALITY AS v (event_type, trace_id, body, position)
     ORDER BY v.position
 """
 
@@ -27,10 +30,8 @@ class Message:
 def add(connection: Connection, messages: Sequence[Message]) -> None:
     """Write ``messages``; they are published in this order once the transaction is committed."""
     if messages:
-        connection.exec_driver_sql(
-            _INSERT,
-            {name: [getattr(each, name) for each in messages] for name in ("event_type", "trace_id", "body")},
-        )
+        columns = {name: map(attrgetter(name), messages) for name in _KINDS}
+        connection.exec_driver_sql(_INSERT, arrays.literals(_KINDS, columns))
 
 
 def pending(connection: Connection, limit: int, *, after: int = 0) -> list[Any]:

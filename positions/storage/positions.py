@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-import psycopg2.extras
 from sqlalchemy import Connection
 
 from positions.domain.events import LegName, Mode, PositionKey, Report
@@ -14,7 +13,7 @@ from positions.domain.leg import Leg
 from positions.domain.numbers import ZERO
 from positions.domain.position import Held, Mark, Policy, State, advanced, empty, with_report
 from positions.errors import ConcurrencyConflict
-from positions.storage import codec
+from positions.storage import arrays, codec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +30,8 @@ class Stored:
     """Whether an older service wrote the row, and ours has not since."""
 
 
-_KEYS = "unnest(%(asset)s::text[], %(mode)s::text[]) AS v (asset, mode)"
+_KEY = {"asset": "text", "mode": "text"}
+_KEYS = f"{arrays.unnest(_KEY)} AS v (asset, mode)"
 _CREATE = f"""
     INSERT INTO positions (asset, mode, version)
     SELECT v.asset, v.mode, 0 FROM {_KEYS}
@@ -44,7 +44,8 @@ _REMOVE = (
     f"DELETE FROM positions p USING {_KEYS} WHERE p.asset = v.asset AND p.mode = v.mode AND p.version = 0"
 )
 _READ = f"""
-    SELECT p.* FROM positions p JOIN {_KEYS} ON p.asset = v.asset AND p.mode = v.mode
+    SELECT p.id::text, p.asset, p.mode, p.version, p.state, p.created_at, p.last_snapshot_at
+    FROM positions p JOIN {_KEYS} ON p.asset = v.asset AND p.mode = v.mode
     ORDER BY p.asset, p.mode
 """
 _LOCK = _READ + " FOR NO KEY UPDATE OF p"
@@ -69,14 +70,12 @@ _FIGURES: Mapping[str, str] = {
     "opened_at": "timestamptz",
     "closed_at": "timestamptz",
 }
+_WRITTEN: Mapping[str, str] = {"id": "uuid", "version": "integer", "state": "jsonb", **_FIGURES}
 _WRITE = f"""
     UPDATE positions p
     SET {", ".join(f"{name} = v.{name}" for name in _FIGURES)},
-        state = v.state, last_updated = v.last_updated, version = p.version + 1
-    FROM unnest(
-        %(id)s::uuid[], %(version)s::integer[], %(state)s::jsonb[], %(last_updated)s::timestamptz[],
-        {", ".join(f"%({name})s::{kind}[]" for name, kind in _FIGURES.items())}
-    ) AS v (id, version, state, last_updated, {", ".join(_FIGURES)})
+        state = v.state, last_updated = %(now)s, version = p.version + 1
+    FROM {arrays.unnest(_WRITTEN)} AS v ({", ".join(_WRITTEN)})
     WHERE p.id = v.id AND p.version = v.version
 """
 
@@ -118,16 +117,13 @@ def write(connection: Connection, changes: Sequence[tuple[Stored, State, Figures
     """
     if not changes:
         return
-    result = connection.exec_driver_sql(
-        _WRITE,
-        {
-            "id": [stored.id for stored, _, _ in changes],
-            "version": [stored.version for stored, _, _ in changes],
-            "state": [psycopg2.extras.Json(codec.encode(state)) for _, state, _ in changes],
-            "last_updated": [now] * len(changes),
-            **{name: [getattr(figures, name) for _, _, figures in changes] for name in _FIGURES},
-        },
-    )
+    columns: dict[str, Iterable[Any]] = {
+        "id": [stored.id for stored, _, _ in changes],
+        "version": [stored.version for stored, _, _ in changes],
+        "state": [codec.dumps(codec.encode(state)) for _, state, _ in changes],
+        **{name: [getattr(figures, name) for _, _, figures in changes] for name in _FIGURES},
+    }
+    result = connection.exec_driver_sql(_WRITE, {"now": now, **arrays.literals(_WRITTEN, columns)})
     if result.rowcount != len(changes):
         raise ConcurrencyConflict(
             f"{len(changes) - result.rowcount} of {len(changes)} positions changed meanwhile"
@@ -174,29 +170,33 @@ def keys(connection: Connection, *, asset: str | None = None) -> list[PositionKe
     return [PositionKey.of(*row) for row in connection.exec_driver_sql(statement, {"asset": asset})]
 
 
-def _arrays(of: Iterable[PositionKey]) -> dict[str, list[str]]:
+def _arrays(of: Iterable[PositionKey]) -> dict[str, str]:
     ordered = sorted(set(of))
-    return {"asset": [key.asset for key in ordered], "mode": [str(key.mode) for key in ordered]}
+    return arrays.literals(
+        _KEY, {"asset": [key.asset for key in ordered], "mode": [key.mode for key in ordered]}
+    )
 
 
 def _load(connection: Connection, statement: str, keys: Iterable[PositionKey]) -> dict[PositionKey, Stored]:
     found = {}
-    for row in connection.exec_driver_sql(statement, _arrays(keys)):
-        key = PositionKey.of(row.asset, row.mode)
-        adopted = row.state is None and row.version > 0
+    rows = connection.exec_driver_sql(statement, _arrays(keys)).all()
+    for id_, asset, mode, version, data, created_at, last_snapshot_at in rows:
+        key = PositionKey.of(asset, mode)
+        adopted = data is None and version > 0
         found[key] = Stored(
-            id=str(row.id),
-            version=row.version,
-            state=_adopted(key, row) if adopted else codec.decode(key, row.state),
-            created_at=row.created_at,
-            last_snapshot_at=row.last_snapshot_at,
+            id=id_,
+            version=version,
+            state=_adopted(connection, key, id_) if adopted else codec.decode(key, data),
+            created_at=created_at,
+            last_snapshot_at=last_snapshot_at,
             adopted=adopted,
         )
     return found
 
 
-def _adopted(key: PositionKey, row: Any) -> State:
+def _adopted(connection: Connection, key: PositionKey, id_: str) -> State:
     """Return the state of a row that an older service wrote: its figures are taken as a first report."""
+    row = connection.exec_driver_sql("SELECT * FROM positions WHERE id = %(id)s", {"id": id_}).one()
     report = Report(
         id=f"adopted:{row.id}",
         position=key,

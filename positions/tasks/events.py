@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
 
 import structlog
 from celery import shared_task
@@ -23,6 +22,7 @@ from positions.errors import (
 from positions.handlers.apply_events import apply_events
 from positions.handlers.write_changes import Rules
 from positions.messages import inbound
+from positions.messages.inbound import Delivery
 from positions.storage import attempts
 from positions.storage.database import in_transaction, transaction
 from positions.storage.quarantine import Refused, digest_of
@@ -38,16 +38,6 @@ _TRACE_IDS_LOGGED = 20
 _OUTCOMES = metrics.EVENTS.labels["outcome"]
 
 
-class RawMessage(NamedTuple):
-    """One message of a foreign queue as the intake hands it over, undecoded."""
-
-    queue: str
-    body: bytes
-    headers: dict[str, Any]
-    properties: dict[str, Any]
-    received_at: datetime
-
-
 @shared_task(
     name=TASK_NAME,
     Request="positions.tasks.intake:BatchRequest",
@@ -55,7 +45,7 @@ class RawMessage(NamedTuple):
     throws=(Unavailable, ConcurrencyConflict, Suspected),
 )
 def apply_batch(
-    messages: Sequence[RawMessage],
+    messages: Sequence[Delivery],
     *,
     park: str | None = None,
     redelivered: bool = False,
@@ -103,7 +93,7 @@ def apply_batch(
     return result
 
 
-def _apply_batch(messages: Sequence[RawMessage], *, park: str | None) -> dict[str, int]:
+def _apply_batch(messages: Sequence[Delivery], *, park: str | None) -> dict[str, int]:
     started = time.perf_counter()
     own = resources.current()
     counts: Counter[str] = Counter()
@@ -148,7 +138,7 @@ def _apply_batch(messages: Sequence[RawMessage], *, park: str | None) -> dict[st
     return result
 
 
-def _count(messages: Sequence[RawMessage], events: Sequence[Event], counts: Counter[str]) -> None:
+def _count(messages: Sequence[Delivery], events: Sequence[Event], counts: Counter[str]) -> None:
     """Tell Prometheus of a batch that was committed, in a few steps for all of it."""
     now = datetime.now(UTC)
     for outcome in _OUTCOMES:
@@ -189,13 +179,13 @@ def _apply(
         counts.update(outcome.counts)
 
 
-def _decoded(message: RawMessage, max_bytes: int, park: str | None) -> inbound.Decoded:
+def _decoded(message: Delivery, max_bytes: int, park: str | None) -> inbound.Decoded:
     if park is not None:
         raise InvalidEvent(park)
-    return inbound.decode(inbound.Delivery(**message._asdict()), max_bytes=max_bytes)
+    return inbound.decode(message, max_bytes=max_bytes)
 
 
-def _refused(message: RawMessage, error: InvalidEvent) -> Refused:
+def _refused(message: Delivery, error: InvalidEvent) -> Refused:
     return Refused(
         queue=message.queue,
         body=message.body,

@@ -43,10 +43,12 @@ from kombu.utils.uuid import uuid
 
 from positions import metrics
 from positions.errors import ConcurrencyConflict, Suspected, Unavailable
+from positions.messages.inbound import Delivery
 from positions.settings import Settings
 from positions.storage.broker import INTAKE_QUEUE, ensure_queue
 from positions.tasks import resources
-from positions.tasks.events import ALONE_ATTEMPTS, TASK_NAME, RawMessage
+from positions.tasks.events import ALONE_ATTEMPTS, TASK_NAME
+from positions.tasks.frames import read_in_bulk
 
 log = structlog.get_logger(__name__)
 
@@ -98,7 +100,7 @@ class Batch:
     def __init__(
         self,
         intake: "Intake",
-        messages: Sequence[RawMessage],
+        messages: Sequence[Delivery],
         tags: Sequence[Any],
         *,
         attempts: int = 0,
@@ -223,11 +225,11 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self.settlement = None
         self._stopping = False
         self._tags: list[Any] = []
-        self._messages: list[RawMessage] = []
+        self._messages: list[Delivery] = []
         self._bytes = 0
         self._since = 0.0
         self._timer_set = False
-        self._again: list[tuple[RawMessage, Any]] = []
+        self._again: list[tuple[Delivery, Any]] = []
         self._ready: deque[Batch] = deque()
         self._in_flight: dict[str, bool] = {}  # id to whether it is lonely
 
@@ -248,6 +250,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self.settlement = Settlement(channel, multiple=c.connection.transport.driver_type == "amqp")
         if self.settlement.multiple:
             ensure_queue(c.connection, INTAKE_QUEUE)
+            read_in_bulk(c.connection.connection)
 
     def register_with_event_loop(self, c: Any, hub: Any) -> None:
         """Begin to consume."""
@@ -362,7 +365,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         )
         properties = dict(message.properties)
         headers = properties.pop("application_headers", None) or getattr(message, "headers", None) or {}
-        raw = RawMessage(queue, body, headers, _plain(properties), datetime.now(UTC))
+        raw = Delivery(queue, body, headers, _plain(properties), datetime.now(UTC))
         self.settlement.opened(message.delivery_tag)
         if message.delivery_info.get("redelivered"):
             self._received_again(raw, message.delivery_tag)
@@ -378,7 +381,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
             self._timer_set = True
             self._hub.call_later(self.settings.batch_wait_ms / 1000, self._waited, self.settlement)
 
-    def _received_again(self, message: RawMessage, tag: Any) -> None:
+    def _received_again(self, message: Delivery, tag: Any) -> None:
         """Collect what was delivered before into batches of its own."""
         if not self._again:
             self._hub.call_later(self.settings.batch_wait_ms / 1000, self._flush_again, self.settlement)
@@ -438,7 +441,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self._bytes -= size
         return batch
 
-    def _fitting(self, messages: Sequence[RawMessage]) -> tuple[int, int]:
+    def _fitting(self, messages: Sequence[Delivery]) -> tuple[int, int]:
         """Return how many of ``messages``, from the first, fit into a batch, and their bytes."""
         size = length = 0
         for message in messages[: self.settings.batch_size]:

@@ -38,7 +38,8 @@ from tests.services import PostgreSQL, RabbitMQ, wait_until
 
 @pytest.fixture
 def env(database_url: str, broker_url: str, redis_url: str) -> dict[str, str]:
-    return environment(database_url, broker_url, redis_url)
+    # Several batches, where the default would take everything into one.
+    return environment(database_url, broker_url, redis_url, batch_size="200")
 
 
 @pytest.fixture

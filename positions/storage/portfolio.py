@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from positions.errors import Unavailable
 from positions.storage.database import refuse_while_silent
-from positions.storage.tables import Amount, Time, positions
+from positions.storage.tables import Amount, Time, portfolio_exposures, positions
 
 _NOTHING = literal(0, Amount)
 _gross_size = positions.c.long_size - positions.c.short_size
@@ -23,8 +23,8 @@ _priced = positions.c.current_price.is_not(None)
 _exposure = case((is_open, _gross_size * positions.c.current_price), else_=_NOTHING)
 _net_exposure = case((is_open, positions.c.size * positions.c.current_price), else_=_NOTHING)
 
-GROSS_EXPOSURE = select(func.coalesce(func.sum(_exposure), _NOTHING))
-"""Gross exposure of all priced positions in USDT, as one number."""
+GROSS_EXPOSURE = select(func.coalesce(func.sum(portfolio_exposures.c.gross), _NOTHING))
+"""Gross exposure of all priced positions in USDT, as one number; costs the same for any number of them."""
 
 
 _price_at = positions.c.current_price_at

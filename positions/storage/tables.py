@@ -202,6 +202,14 @@ portfolio_versions = Table(
     Column("value", BigInteger, nullable=False, server_default="0"),
 )
 
+# Their sum is the gross exposure of all priced positions, exactly, kept by triggers with every change.
+portfolio_exposures = Table(
+    "portfolio_exposures",
+    metadata,
+    Column("shard", SmallInteger, primary_key=True, autoincrement=False),
+    Column("gross", Numeric, nullable=False),
+)
+
 api_keys = Table(
     "api_keys",
     metadata,

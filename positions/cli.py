@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import click
+import structlog
 
 from positions import settings
 from positions.errors import NotFound, PositionsError, Unavailable
@@ -361,6 +363,69 @@ def rebuild(*, asset: str | None, repair: bool, as_json: bool) -> None:
                     )
     click.echo(f"{len(keys)} positions folded anew, {differing} differ", err=True)
     sys.exit(1 if differing else 0)
+
+
+@cli.command()
+@click.option("--asset", help="Only the positions in this asset.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object a line, the snapshot as the API has it."
+)
+def snapshot(*, asset: str | None, as_json: bool) -> None:
+    """Take a snapshot of every position now, all of one moment; published as those on schedule are."""
+    from positions.handlers.take_snapshots import take_snapshots
+    from positions.messages.outbound import snapshot_object
+    from positions.storage import positions as store
+    from positions.storage.database import Retry, in_transaction, transaction
+
+    own, engine = settings.load(), _engine()
+    keys = None
+    if asset:
+        with transaction(engine) as connection:
+            keys = store.keys(connection, asset=asset.upper())
+        if not keys:
+            raise NotFound(f"no position in {asset.upper()}")
+    taken = in_transaction(
+        engine,
+        lambda connection: take_snapshots(
+            connection,
+            keys,
+            at=datetime.now(UTC),
+            stale_after=timedelta(seconds=own.price_staleness_threshold),
+        ),
+        retry=Retry(),
+    )
+    for view in taken if as_json else ():
+        _json_line(snapshot_object(view))
+    click.echo(f"{len(taken)} snapshots taken", err=True)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, and one for all at the end.")
+def doctor(*, as_json: bool) -> None:
+    """Look at every connection, setting, queue, migration and clock, and say how to mend what is wrong.
+
+    Nothing is changed. Exit with 1 if there is a problem; a warning is none.
+    """
+    from positions.doctor import examine
+
+    colors = {"ok": "green", "warning": "yellow", "problem": "red"}
+    counts = dict.fromkeys(colors, 0)
+    logging.disable()  # what could be logged is what is said here
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    for found in examine(os.environ):
+        counts[found.status] += 1
+        if as_json:
+            _json_line(dataclasses.asdict(found))
+            continue
+        status = click.style(f"{found.status:8}", fg=colors[found.status])
+        click.echo(f"{status} {found.what}: {found.said}")
+        if found.mend:
+            click.echo(f"         -> {found.mend}")
+    if as_json:
+        _json_line({"healthy": not counts["problem"], **counts})
+    else:
+        click.echo(", ".join(f"{count} {status}" for status, count in counts.items()), err=True)
+    sys.exit(1 if counts["problem"] else 0)
 
 
 def _engine() -> Engine:

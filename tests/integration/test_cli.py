@@ -189,3 +189,19 @@ def test_a_key_of_a_name_that_is_taken_is_refused_in_one_line(run: Any) -> None:
     refused = run("keys", "create", "ui")
     assert refused.exit_code == 1
     assert refused.output == "Error: there is, or was, a key of the name ui\n"
+
+
+def test_snapshots_are_taken_of_one_moment_and_published(engine: Engine, run: Any) -> None:
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100"), execution("ETHUSDT", "Sell", "2", "10")])
+    taken = run("snapshot", "--json")
+    assert taken.exit_code == 0
+    rows = [json.loads(line) for line in taken.stdout.splitlines()]
+    assert {row["asset"]: row["snapshot_data"]["size"] for row in rows} == {"BTCUSDT": "1", "ETHUSDT": "-2"}
+    assert len({row["created_at"] for row in rows}) == 1
+    with engine.connect() as connection:
+        told = connection.execute(
+            text("SELECT count(*) FROM outbox WHERE event_type = 'position_snapshot_created'")
+        ).scalar()
+    assert told == 2
+    assert "1 snapshots taken" in run("snapshot", "--asset", "ethusdt").stderr
+    assert isinstance(run("snapshot", "--asset", "nothing").exception, NotFound)

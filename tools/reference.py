@@ -92,9 +92,18 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+COMPLETION = {
+    "bash": 'eval "$(_POSITIONS_COMPLETE=bash_source positions)"',
+    "zsh": 'eval "$(_POSITIONS_COMPLETE=zsh_source positions)"',
+    "fish": "_POSITIONS_COMPLETE=fish_source positions | source",
+}
+
+
 def cli_page() -> str:
     """Return the page about the command line."""
     lines = ["# Command line", "", "Made from `positions/cli.py` by `make docs`: what `--help` says.", ""]
+    lines += ["Words are completed on TAB once the shell is told how, in its start-up file:", ""]
+    lines += ["```sh", *(f"{how}  # {shell}" for shell, how in COMPLETION.items()), "```", ""]
     for words, command in _commands(cli, "positions"):
         context = click.Context(command, info_name=words, terminal_width=100, max_content_width=100)
         lines += [f"## {words}", "", "```", command.get_help(context), "```", ""]

@@ -1,9 +1,10 @@
-.PHONY: help run test check docs lock
+.PHONY: help run test check chaos docs lock
 
 help:
 	@echo 'make run     the whole service, with its own PostgreSQL and Valkey unless you name others'
 	@echo 'make test    every test (ARGS="tests/unit -k fold" for some)'
 	@echo 'make check   what a reviewer would run: lint, format, types, import contracts, unit tests'
+	@echo 'make chaos   the service under faults for five minutes, and a report (SEED=2 ARGS=--control)'
 	@echo 'make docs    docs/reference anew, where it is made from the code'
 	@echo 'make lock    the lock files anew from setup.cfg (ARGS=--upgrade for the newest versions)'
 
@@ -23,6 +24,10 @@ check:
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	.venv/bin/pytest tests/unit
+
+chaos:
+	@tools/setup.sh dev
+	.venv/bin/python -m tests.chaos --seed $(or $(SEED),1) $(ARGS)
 
 docs:
 	@tools/setup.sh dev

@@ -1,0 +1,255 @@
+"""What servers do to a worker short of dying: it goes on, or takes up its work again by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, text
+
+from positions.storage.tables import attempts, ledger, outbox, quarantine
+from tests.integration.api import Make
+from tests.integration.processes import Process, environment, relay, worker
+from tests.integration.support import (
+    EXECUTION_QUEUE,
+    ORDER_QUEUE,
+    POSITION_QUEUE,
+    assert_positions_are_the_fold_of_the_ledger,
+    channel_of,
+    executions,
+    publish,
+)
+from tests.integration.test_crash_points import count, outcomes, waiting
+from tests.services import RabbitMQ, wait_until
+
+ALARM = "{{resource_limit, memory, node()}, []}"
+
+
+@pytest.fixture
+def queues(broker_url: str) -> str:
+    with closing(channel_of(broker_url)) as connection, closing(connection.channel()) as channel:
+        for queue in (POSITION_QUEUE, EXECUTION_QUEUE, ORDER_QUEUE):
+            channel.queue_declare(queue, durable=True, auto_delete=False)
+    return broker_url
+
+
+@pytest.fixture
+def env(database_url: str, broker_url: str, redis_url: str) -> dict[str, str]:
+    return environment(database_url, broker_url, redis_url)
+
+
+@pytest.fixture
+def impatient() -> Iterator[RabbitMQ]:
+    """A broker that closes the channel of who does not acknowledge within three seconds."""
+    with RabbitMQ({"consumer_timeout": "3000", "channel_tick_interval": "1000"}) as server:
+        yield server
+
+
+def publish_executions(url: str, number: int, seed: int = 1) -> None:
+    publish(url, [(EXECUTION_QUEUE, each) for each in executions(number, seed=seed)])
+
+
+def await_ledger(engine: Engine, entries: int) -> None:
+    assert wait_until(lambda: count(engine, ledger) >= entries, limit_s=120, interval_s=0.1)
+
+
+def assert_all_is_applied(engine: Engine, url: str, entries: int) -> None:
+    assert count(engine, ledger) == entries
+    assert count(engine, quarantine) == count(engine, attempts) == 0
+    assert waiting(url, EXECUTION_QUEUE) == 0
+    assert_positions_are_the_fold_of_the_ledger(engine)
+
+
+def test_a_memory_alarm_of_the_broker_stops_publishing_and_not_consuming(
+    engine: Engine, rabbitmq: RabbitMQ, queues: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    publish_executions(queues, 1500)
+    with relay(env, tmp_path), worker(env, tmp_path) as running:
+        rabbitmq.evaluate(f"rabbit_alarm:set_alarm({ALARM})")
+        try:
+            before = count(engine, ledger)
+            await_ledger(engine, 1500)
+            assert before < 1500
+            assert wait_until(lambda: waiting(queues, EXECUTION_QUEUE) == 0, limit_s=30)
+        finally:
+            rabbitmq.evaluate("rabbit_alarm:clear_alarm({resource_limit, memory, node()})")
+        assert wait_until(lambda: count(engine, outbox) == 0, limit_s=90)
+        assert running.terminate() == 0
+    assert_all_is_applied(engine, queues, 1500)
+
+
+def test_consumption_resumes_after_a_consumer_timeout(
+    engine: Engine, database_url: str, redis_url: str, impatient: RabbitMQ, tmp_path: Path
+) -> None:
+    with closing(channel_of(impatient.url)) as connection, closing(connection.channel()) as channel:
+        channel.queue_declare(EXECUTION_QUEUE, durable=True, auto_delete=False)
+    with worker(environment(database_url, impatient.url, redis_url), tmp_path) as running:
+        with engine.connect() as holder:
+            # Whoever writes waits: the batch is held for longer than the broker does.
+            holder.execute(text("LOCK TABLE ledger IN EXCLUSIVE MODE"))
+            publish_executions(impatient.url, 300)
+            running.await_log("intake_started", times=2)
+            holder.rollback()
+        await_ledger(engine, 300)
+        assert wait_until(lambda: count(engine, attempts) == 0, limit_s=60)
+        assert running.terminate() == 0
+    assert_all_is_applied(engine, impatient.url, 300)
+
+
+def test_a_queue_of_ours_that_somebody_declared_otherwise_is_used_once_it_is_gone(
+    engine: Engine, queues: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    with closing(channel_of(queues)) as connection, closing(connection.channel()) as channel:
+        channel.queue_declare(
+            "positions.tasks", durable=True, auto_delete=False, arguments={"x-max-length": 1}
+        )
+        publish_executions(queues, 200)
+        process = Process(["celery", "-A", "celery_app", "worker"], env, tmp_path / "worker.log")
+        try:
+            refused = "PRECONDITION_FAILED"
+            assert wait_until(lambda: refused in process.log.read_text(), limit_s=60)
+            channel.queue_delete("positions.tasks")
+            await_ledger(engine, 200)
+            assert process.terminate() == 0
+        finally:
+            process.kill()
+    assert_all_is_applied(engine, queues, 200)
+
+
+def test_a_foreign_queue_that_is_deleted_is_consumed_when_it_is_back(
+    engine: Engine, queues: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    with worker(env, tmp_path) as running:
+        publish_executions(queues, 100)
+        await_ledger(engine, 100)
+        with closing(channel_of(queues)) as connection, closing(connection.channel()) as channel:
+            channel.queue_delete(EXECUTION_QUEUE)
+            channel.queue_declare(EXECUTION_QUEUE, durable=True, auto_delete=False)
+        publish_executions(queues, 200)
+        await_ledger(engine, 200)
+        assert running.terminate() == 0
+    assert_all_is_applied(engine, queues, 200)
+
+
+def test_a_full_disk_of_the_database_holds_events_until_there_is_room(
+    engine: Engine, queues: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql("""
+            CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                RAISE EXCEPTION 'could not extend file "base/1/2": No space left on device'
+                    USING ERRCODE = 'disk_full';
+            END $$""")
+        connection.exec_driver_sql(
+            "CREATE TRIGGER full_disk BEFORE INSERT ON ledger EXECUTE FUNCTION full_disk()"
+        )
+    publish_executions(queues, 300)
+    with worker(env, tmp_path) as running:
+        running.await_log("batch_held", times=3)
+        assert count(engine, ledger) == 0
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP TRIGGER full_disk ON ledger")
+        await_ledger(engine, 300)
+        assert running.logged("batch_isolated") == 0
+        assert running.terminate() == 0
+    assert_all_is_applied(engine, queues, 300)
+
+
+def test_an_exhausted_connection_pool_holds_events_until_one_is_free(
+    engine: Engine, queues: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    # Eight threads, and two connections.
+    settings = {**env, "POSITION_MANAGER_WORKER_CONCURRENCY": "2", "POSITION_MANAGER_BATCH_SIZE": "20"}
+    with worker(settings, tmp_path, "--pool", "threads", "-c", "8") as running:
+        with engine.connect() as holder:
+            holder.execute(text("LOCK TABLE ledger IN EXCLUSIVE MODE"))
+            publish_executions(queues, 400)
+            assert wait_until(lambda: "QueuePool limit" in running.log.read_text(), limit_s=60)
+            holder.rollback()
+        await_ledger(engine, 400)
+        assert running.logged("batch_isolated") == 0
+        assert running.terminate() == 0
+    assert_all_is_applied(engine, queues, 400)
+
+
+def test_a_backlog_is_worked_off_while_more_arrives(
+    engine: Engine, queues: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    # Twenty minutes without a worker, at ten events a second.
+    publish_executions(queues, 12_000)
+    with worker(env, tmp_path) as running:
+        more = threading.Thread(
+            target=publish,
+            args=(queues, [(EXECUTION_QUEUE, each) for each in executions(13_000)[12_000:]]),
+        )
+        more.start()
+        await_ledger(engine, 13_000)
+        more.join()
+        assert running.terminate() == 0
+    assert outcomes(running, "duplicate") == 0
+    assert_all_is_applied(engine, queues, 13_000)
+
+
+def test_a_rolling_restart_under_load_loses_and_doubles_nothing(
+    engine: Engine, queues: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    messages = executions(6000)
+    processes = [
+        Process(["celery", "-A", "celery_app", "worker", "-n", f"{name}@test"], env, tmp_path / f"{name}.log")
+        for name in ("one", "two")
+    ]
+    try:
+        for process in processes:
+            process.await_log("intake_started")
+
+        def neighbour() -> None:
+            for start in range(0, len(messages), 100):
+                publish(queues, [(EXECUTION_QUEUE, each) for each in messages[start : start + 100]])
+
+        load = threading.Thread(target=neighbour)
+        load.start()
+        for number, process in enumerate(processes):
+            await_ledger(engine, 1000 * (number + 1))
+            assert process.terminate() == 0
+            process.start()
+            process.await_log("intake_started", times=2)
+        load.join()
+        await_ledger(engine, len(messages))
+        for process in processes:
+            assert process.terminate() == 0
+    finally:
+        for process in processes:
+            process.kill()
+    # What was handed back had not been begun.
+    assert sum(outcomes(process, "duplicate") for process in processes) == 0
+    assert sum(outcomes(process, "applied") for process in processes) == len(messages)
+    assert_all_is_applied(engine, queues, len(messages))
+
+
+def test_health_tells_of_a_broker_that_goes_and_comes_back(
+    make_app: Make, database_url: str, rabbitmq: RabbitMQ, queues: str, redis_url: str
+) -> None:
+    client = make_app(database_url, queues, redis_url).test_client()
+
+    def told() -> tuple[str, bool]:
+        health = json.loads(client.get("/health").data)
+        return health["status"], health["queue_connected"]
+
+    assert told() == ("healthy", True)
+    rabbitmq.sync_definitions()
+    os.kill(rabbitmq.pid, signal.SIGSTOP)
+    try:
+        assert wait_until(lambda: told() == ("degraded", False), limit_s=20)
+    finally:
+        os.kill(rabbitmq.pid, signal.SIGCONT)
+    assert wait_until(lambda: told() == ("healthy", True), limit_s=20)
+    rabbitmq.kill()
+    assert wait_until(lambda: told() == ("degraded", False), limit_s=20)
+    rabbitmq.start()
+    assert wait_until(lambda: told() == ("healthy", True), limit_s=20)

@@ -449,15 +449,25 @@ class RabbitMQ(Server):
 
         What rabbitmqctl does takes it a second, and this some milliseconds.
         """
-        done = subprocess.run(
-            [self._programs.erlang / "erl_call", "-n", "positions@localhost", "-e"],
-            input=f"{expression}.\n",
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-            timeout=STOP_LIMIT_S,
-            check=False,
-        )
+
+        def call() -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [self._programs.erlang / "erl_call", "-n", "positions@localhost", "-e"],
+                input=f"{expression}.\n",
+                env=self.environment(),
+                capture_output=True,
+                text=True,
+                timeout=STOP_LIMIT_S,
+                check=False,
+            )
+
+        done = call()
+        # It is impatient with a node on a busy machine. Nothing was evaluated then.
+        for _ in range(5):
+            if "failed to connect" not in done.stderr:
+                break
+            time.sleep(0.5)
+            done = call()
         ok, value = "{ok, ", done.stdout.strip()
         if not value.startswith(ok):
             raise self.failure(f"did not evaluate {expression!r}: {value or done.stderr}")

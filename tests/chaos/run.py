@@ -30,8 +30,8 @@ from tests.services import PostgreSQL, RabbitMQ, Redis, Server, wait_until
 QUEUES = (POSITION_QUEUE, EXECUTION_QUEUE, ORDER_QUEUE)
 CHUNK = 40
 """Messages published before their confirmations are waited for."""
-SETTLE_S = 240.0
-"""How long it may take after the last fault until all is applied and published."""
+STILL_S = 90.0
+"""A run that makes no progress for so long after its last fault has come to its end."""
 BURST = 0.6
 """Share of the messages that is published in bursts, one around each fault."""
 
@@ -256,9 +256,7 @@ class Run:
             stack.callback(self.engine.dispose)
             through = make_url(self.postgres.url).set(port=self.to_postgres.port)
             broker = self.rabbitmq.url.replace(f":{self.rabbitmq.port}", f":{self.to_rabbitmq.port}")
-            env = environment(
-                through.render_as_string(hide_password=False), broker, self.redis.url, batch_size="50"
-            )
+            env = environment(through.render_as_string(hide_password=False), broker, self.redis.url)
             app = "tests.chaos.control_app" if self.result.control else "tests.integration.poisoned_app"
             self.service = _Supervised(env, self.folder, app)
             stack.callback(self.service.kill)
@@ -465,7 +463,11 @@ class Run:
             time.sleep(8)
             return not waiting and not before[1] and self._counts() == before
 
-        wait_until(quiet if self.result.control else rests, limit_s=SETTLE_S, interval_s=0.3)
+        ended, last, since = quiet if self.result.control else rests, self._counts(), time.monotonic()
+        while not ended() and time.monotonic() - since < STILL_S:
+            time.sleep(0.3)
+            if (now := self._counts()) != last:
+                last, since = now, time.monotonic()
 
     def _judge(self) -> None:
         result = self.result

@@ -58,7 +58,10 @@ def refresh_prices(
         told = venue.tickers({key.asset for key in due})
         marks = _believed(venue, due, told, counts, sleep=sleep)
         _write(engine, marks, counts, rules=rules, retry=retry, due_before=due_before, sleep=sleep)
-        counts["unlisted"] = sum(key.asset not in told.prices.keys() | told.refused.keys() for key in due)
+        unlisted = [key.asset for key in due if key.asset not in told.prices.keys() | told.refused.keys()]
+        if unlisted:
+            log.warning("price_unlisted", assets=unlisted[:_LOGGED])
+        counts["unlisted"] = len(unlisted)
     return counts
 
 

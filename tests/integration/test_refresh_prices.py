@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
 from sqlalchemy import Engine, func, select
 
+from beat_schedule import TASK_QUEUE
 from positions.domain.events import Mode, PositionKey
 from positions.domain.position import Mark
 from positions.errors import VenueUnavailable
@@ -27,7 +29,9 @@ from positions.storage.tables import ledger, outbox
 from positions.venue.bybit import Bybit
 from positions.venue.circuit import FIRST_S
 from tests.integration.api import KEY, Make
-from tests.integration.support import RULES, apply, execution, stored
+from tests.integration.processes import beat, environment, jobs, worker
+from tests.integration.support import EXECUTION_QUEUE, RULES, apply, execution, publish, stored
+from tests.services import wait_until
 from tests.venue import HANGS, Reply, Venue, now_ms
 
 BTC, ETH, SOL = (PositionKey(f"{coin}USDT", Mode.ONE_WAY) for coin in ("BTC", "ETH", "SOL"))
@@ -314,6 +318,33 @@ def test_an_event_is_applied_while_the_host_hangs(
     assert stored(engine)[BTC]["size"] == 3
     venue.start()
     assert refresh(engine, client, clock) == {"due": 2, "priced": 2}
+    assert stored(engine)[BTC]["size"] == 3
+
+
+def test_events_are_applied_while_workers_of_jobs_wait_for_the_exchange(
+    engine: Engine, venue: Venue, database_url: str, broker_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    """The whole way, by real processes: beat, the job, the exchange, the position; and events beside it."""
+    env = environment(
+        database_url,
+        broker_url,
+        redis_url,
+        price_api_url=venue.url,
+        price_api_timeout="30",
+        price_api_retries="0",
+        price_staleness_threshold="5",
+        worker_concurrency="1",
+    )
+    hold(engine)
+    venue.fails.append(HANGS)
+    with jobs(env, tmp_path), worker(env, tmp_path, "-Q", TASK_QUEUE), beat(env, tmp_path / "beat"):
+        assert venue.asked.acquire(timeout=60)
+        publish(broker_url, [(EXECUTION_QUEUE, execution("BTCUSDT", "Buy", "1", "103", number=5))])
+        assert wait_until(lambda: stored(engine)[BTC]["size"] == 3, limit_s=25)
+        assert price_of(engine) == (None, None)
+        venue.stop()
+        venue.start()
+        assert wait_until(lambda: price_of(engine) == (Decimal("105.5"), "price_api"), limit_s=60)
     assert stored(engine)[BTC]["size"] == 3
 
 

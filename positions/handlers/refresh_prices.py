@@ -25,8 +25,8 @@ log = structlog.get_logger(__name__)
 SOURCE = "price_api"
 DUE_MAX = 5000
 """Positions of one run; the oldest prices come first."""
-BATCH = 50
-"""Positions of one transaction, some 20 ms: so long an event may wait for it."""
+BATCH = 20
+"""Positions of one transaction: an event that waits for one hardly notices (benchmarks/prices.py)."""
 CONFIRM_S = 5.0
 """How much later a price that jumped is read a second time."""
 _LOGGED = 20

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from positions.domain.events import Mode, PositionKey
 from positions.domain.position import Mark
 from positions.errors import VenueUnavailable
 from positions.handlers import refresh_prices as module
+from positions.handlers.rebuild_position import rebuild_position
 from positions.handlers.refresh_prices import BATCH, CONFIRM_S, refresh_prices
 from positions.handlers.update_marks import update_marks
 from positions.storage import positions as store
@@ -89,9 +91,11 @@ def refresh(engine: Engine, client: Bybit, clock: Clock) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def report(asset: str, mark: str, age: timedelta, size: str = "1") -> dict[str, Any]:
+def report(
+    asset: str, mark: str, age: timedelta, size: str = "1", now: datetime | None = None
+) -> dict[str, Any]:
     """Return an exchange report with a mark price."""
-    at = datetime.now(UTC) - age
+    at = (now or datetime.now(UTC)) - age
     record = {"symbol": asset, "side": "Buy", "size": size, "avgPrice": mark, "markPrice": mark, "mode": 0}
     return {"event_type": "position", "data": {**record, "timestamp": at.isoformat()}}
 
@@ -348,7 +352,7 @@ def test_events_are_applied_while_workers_of_jobs_wait_for_the_exchange(
     assert stored(engine)[BTC]["size"] == 3
 
 
-def test_500_positions_are_priced_in_ten_transactions(
+def test_500_positions_are_priced_in_25_transactions(
     engine: Engine, venue: Venue, client: Bybit, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assets = [f"A{number:03}USDT" for number in range(500)]
@@ -363,7 +367,7 @@ def test_500_positions_are_priced_in_ten_transactions(
 
     monkeypatch.setattr(module, "update_marks", counted)
     assert refresh(engine, client, clock) == {"due": 500, "priced": 500}
-    assert begun == [BATCH] * 10
+    assert begun == [BATCH] * 25
     assert len(venue.requests) == 1
     assert {row["current_price"] for row in stored(engine).values()} == {11}
 
@@ -414,6 +418,33 @@ def test_a_price_that_is_no_newer_is_not_taken_and_none_is_lost_by_a_late_fill(e
     apply(engine, [execution("BTCUSDT", "Buy", "1", "90", number=8, executed_at=early)])
     assert stored(engine)[BTC]["size"] == 3
     assert price_of(engine) == (105, "price_api")
+    with transaction(engine) as connection:
+        assert rebuild_position(connection, BTC, rules=RULES, now=at, repair=False) == {}
+
+
+def test_reports_and_prices_end_the_same_in_any_order(engine: Engine) -> None:
+    """Each order for an asset of its own; the newest is the report's or the API's."""
+    now = datetime.now(UTC)
+    earlier = (now - timedelta(minutes=5)).isoformat()
+    for newest in ("report", "price_api"):
+        seen = set()
+        for number, order in enumerate(permutations(range(4))):
+            key = PositionKey(f"{newest[0].upper()}{number}USDT", Mode.ONE_WAY)
+            apply(engine, [execution(key.asset, "Buy", "2", "100", executed_at=earlier)])
+            for step in order:
+                of_report = step % 2 == (newest == "report")
+                age = timedelta(seconds=100 - step)
+                if of_report:
+                    apply(engine, [report(key.asset, str(100 + step), age, "2", now)])
+                else:
+                    mark = Mark(price=Decimal(100 + step), at=now - age, source="price_api")
+                    with transaction(engine) as connection:
+                        update_marks(connection, {key: mark}, rules=RULES, now=now)
+            row = stored(engine)[key]
+            names = ("size", "current_price", "current_price_at", "current_price_source", "unrealized_pnl")
+            seen.add(tuple(row[name] for name in names))
+        ((size, price, _, source, _),) = seen
+        assert (size, price, source) == (2, 103, newest)
 
 
 def test_a_row_of_an_older_service_is_taken_over_when_its_price_is_refreshed(

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import permutations
@@ -413,6 +414,10 @@ def test_a_price_that_is_no_newer_is_not_taken_and_none_is_lost_by_a_late_fill(e
         assert update_marks(connection, {BTC: mark}, rules=RULES, now=at) == {BTC: True}
         older = Mark(price=Decimal(104), at=at, source="price_api")
         assert update_marks(connection, {BTC: older}, rules=RULES, now=at) == {BTC: False}
+        # Another run was faster, and its price is fresh.
+        newer, due = replace(mark, at=at + timedelta(seconds=1)), at - timedelta(seconds=300)
+        found = update_marks(connection, {BTC: newer}, rules=RULES, now=at, due_before=due)
+        assert found == {BTC: False}
     # Before all others: folded anew from the ledger.
     early = (datetime.now(UTC) - timedelta(days=1)).isoformat()
     apply(engine, [execution("BTCUSDT", "Buy", "1", "90", number=8, executed_at=early)])

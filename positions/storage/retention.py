@@ -6,18 +6,15 @@ behind gives up after `LOCK_WAIT`, so that they need not wait much longer.
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from uuid import UUID
 
 from sqlalchemy import Connection
 
-from positions.storage.ledger import FIRST
 from positions.storage.snapshots import PARTITIONS_LOCK, make_partition
 
 LOCK_WAIT = "100ms"
 CHUNK_ROWS = 5000
+CHUNK_PAGES = 500
 DEFAULT = "position_snapshots_default"
-Key = tuple[UUID, datetime]
-FIRST_KEY: Key = (UUID(int=0), FIRST)
 _MONTH_NAME = "^position_snapshots_[0-9]{4}_[0-9]{2}"
 
 # What was detached to be dropped has another name: what somebody else detached is left alone.
@@ -29,19 +26,12 @@ _MONTHS = f"""
             OR i.inhparent IS NULL AND c.relname ~ '{_MONTH_NAME}_dropped$' AND c.relkind = 'r')
     ORDER BY c.relname
 """
-# Along the key, on from where the last chunk ended: what that one deleted is not read again.
+# Page by page, as they were written in the order of time: each is read once, whatever of it is old.
 _DELETE = """
-    WITH old AS MATERIALIZED (
-        SELECT position_id, created_at FROM {table}
-        WHERE (position_id, created_at) > (%(position_id)s::uuid, %(created_at)s) AND created_at < %(before)s
-        ORDER BY position_id, created_at LIMIT %(limit)s
-    ), deleted AS (
-        DELETE FROM {table} t USING old
-        WHERE t.position_id = old.position_id AND t.created_at = old.created_at RETURNING 1
-    )
-    SELECT position_id, created_at, (SELECT count(*) FROM deleted) AS deleted
-    FROM old ORDER BY position_id DESC, created_at DESC LIMIT 1
+    DELETE FROM {part}
+    WHERE ctid >= '({first},0)'::tid AND ctid < '({end},0)'::tid AND created_at < %(before)s
 """
+_PAGES = "SELECT pg_relation_size(%(part)s) / current_setting('block_size')::bigint"
 _DELETE_SETTLED = """
     DELETE FROM {table}
     WHERE id IN (SELECT id FROM {table} WHERE {settled_at} < %(before)s ORDER BY id LIMIT %(limit)s)
@@ -95,19 +85,15 @@ def drop(connection: Connection, month: Month) -> None:
     connection.exec_driver_sql(f"DROP TABLE IF EXISTS {month.name}")
 
 
-def delete_snapshots(
-    connection: Connection, part: str, *, before: datetime, after: Key
-) -> tuple[int, Key | None]:
-    """Delete a chunk of the snapshots of before that moment in a partition, in the order of their key.
+def pages(connection: Connection, part: str) -> int:
+    """Return how many pages a partition of the snapshots has."""
+    return int(connection.exec_driver_sql(_PAGES, {"part": part}).scalar_one())
 
-    Returns:
-        How many, and the key to go on after; None when there are no more.
-    """
-    row = connection.exec_driver_sql(
-        _DELETE.format(table=part),
-        {"position_id": after[0], "created_at": after[1], "before": before, "limit": CHUNK_ROWS},
-    ).one_or_none()
-    return (0, None) if row is None else (row.deleted, (row.position_id, row.created_at))
+
+def delete_snapshots(connection: Connection, part: str, *, before: datetime, first: int) -> int:
+    """Delete what is of before that moment in a chunk of a partition's pages; return how many snapshots."""
+    statement = _DELETE.format(part=part, first=first, end=first + CHUNK_PAGES)
+    return connection.exec_driver_sql(statement, {"before": before}).rowcount
 
 
 def delete_replayed(connection: Connection, *, before: datetime) -> int:

@@ -69,12 +69,11 @@ def _make_ahead(engine: Engine, now: datetime) -> int:
 
 
 def _delete_snapshots(engine: Engine, part: str, before: datetime) -> int:
-    total = 0
-    after: retention.Key | None = retention.FIRST_KEY
-    while after is not None:
-        deleted, after = _do(engine, retention.delete_snapshots, part=part, before=before, after=after)
-        total += deleted
-    return total
+    pages = _do(engine, retention.pages, part=part)
+    return sum(
+        _do(engine, retention.delete_snapshots, part=part, before=before, first=first)
+        for first in range(0, pages, retention.CHUNK_PAGES)
+    )
 
 
 def _delete_settled(engine: Engine, delete: Callable[..., int], before: datetime) -> int:

@@ -48,3 +48,14 @@ def test_it_is_published_once_for_each_change_and_interval(engine: Engine) -> No
     assert second["unpriced_assets"] == ["BTCUSDT"]
     assert second["trace_id"]
     assert second["timestamp"] == "2026-01-01T00:00:02Z"
+
+
+def test_two_beats_between_each_other_publish_no_more_than_one(engine: Engine) -> None:
+    told = []
+    for tick in range(8):
+        apply(engine, [execution("BTCUSDT", "Buy", "1", "100", number=tick)])
+        told.append(published(engine, 1.02 * (tick // 2) + 0.5 * (tick % 2)))
+    assert told == [True, False] * 4
+    # A single beat's tick that is a little early is as good.
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100", number=8)])
+    assert published(engine, 1.02 * 3 + 0.95)

@@ -102,7 +102,7 @@ def test_old_rows_of_no_month_s_partition_go_too(engine: Engine, own: Resources)
 def test_more_than_a_chunk_is_deleted_chunk_by_chunk(
     engine: Engine, own: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retention, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(retention, "CHUNK_PAGES", 1)
     fill(engine, NOW - 111 * DAY, NOW - 99 * DAY)
     kept = [at for at in moments(engine) if at >= NOW - 100 * DAY]
     done = tidy(own, now=NOW)

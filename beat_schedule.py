@@ -39,4 +39,9 @@ SCHEDULE: dict[str, Job] = {
         "queue": JOBS_QUEUE,
         "at_start": True,
     },
+    "validate positions": {
+        "task": "positions.validate",
+        "every": "validation_interval",
+        "queue": JOBS_QUEUE,
+    },
 }

@@ -38,7 +38,7 @@ def _entry(job: Job) -> dict[str, Any]:
     }
 
 
-_TASKS = ("events", "portfolio", "prices", "retention", "snapshots")
+_TASKS = ("events", "portfolio", "prices", "retention", "snapshots", "validation")
 app = Celery("positions", include=[f"positions.tasks.{name}" for name in _TASKS])
 app.conf.update(
     broker_url=settings.broker,

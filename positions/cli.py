@@ -428,6 +428,73 @@ def doctor(*, as_json: bool) -> None:
     sys.exit(1 if counts["problem"] else 0)
 
 
+@cli.command()
+@click.option("--asset", help="Only the positions in this asset.")
+@click.option("--venue/--no-venue", default=True, help="Ask the exchange too, where its key is set.")
+@click.option("--fix/--no-fix", default=False, help="Keep what is found, and correct what the rules allow.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for each break.")
+def validate(*, asset: str | None, venue: bool, fix: bool, as_json: bool) -> None:
+    """Compare positions with ledger, reports and the exchange; exit with 1 if one differed.
+
+    The service goes on working meanwhile. What is rounding only is shown, and is no difference.
+    """
+    from positions.domain.events import PositionKey
+    from positions.handlers.validate_position import Validation
+    from positions.handlers.validate_positions import Validator
+    from positions.handlers.write_changes import Rules
+    from positions.messages.outbound import break_object
+    from positions.storage import positions as store
+    from positions.storage import validations
+    from positions.storage.database import Retry, transaction
+    from positions.venue.bybit import Bybit
+
+    own, engine = settings.load(), _engine()
+    exchange = Bybit.of(own)
+    if not exchange.signs and venue and not as_json:
+        click.echo("the exchange is not asked: there is no key of it in the settings", err=True)
+    validator = Validator(
+        engine=engine,
+        rules=Rules.of(own),
+        retry=Retry(retries=own.optimistic_lock_retries, base_ms=own.optimistic_lock_backoff_base),
+        venue=exchange if venue and exchange.signs else None,
+        fix=fix,
+    )
+    with transaction(engine) as connection:
+        keys = store.keys(connection, asset=asset.upper() if asset else None)
+    if asset and not keys:
+        raise NotFound(f"no position in {asset.upper()}")
+    validated = differing = 0
+
+    def show(key: PositionKey, found: Validation) -> None:
+        for each in found.breaks:
+            row = {"asset": key.asset, "mode": key.mode, **break_object(each)}
+            if as_json:
+                _json_line(row)
+            else:
+                end = f", {each.resolution}" if each.resolution else ""
+                detail = f" ({each.detail})" if each.detail else ""
+                figures = f"ours {row['ours']}, theirs {row['theirs']}"
+                click.echo(
+                    f"{key.asset} {key.mode} {each.leg} {each.kind}: {figures}: {each.cause}{detail}{end}"
+                )
+
+    quiet = as_json or not sys.stderr.isatty()
+    with (
+        validations.alone(engine) as alone,
+        click.progressbar(length=len(keys), file=sys.stderr, hidden=quiet, label="validating") as bar,
+    ):
+        if not alone:
+            raise click.ClickException("another validation is at work")
+        everything = ((key, validator.one(key)) for key in keys) if asset else validator.run(limit=None)
+        for key, found in everything:
+            bar.update(1)
+            validated += 1
+            differing += not found.is_valid
+            show(key, found)
+    click.echo(f"{validated} positions validated, {differing} differed", err=True)
+    sys.exit(1 if differing else 0)
+
+
 def _engine() -> Engine:
     from positions import log_config
     from positions.storage.database import connect

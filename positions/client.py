@@ -187,8 +187,13 @@ class Break:
     leg: str
     ours: Decimal
     theirs: Decimal
+    cause: str
+    """``missing_fill``, ``duplicate``, ``funding``, ``manual_trade``, ``rounding`` or ``unknown``."""
+    detail: str | None
+    """The evidence for it, in words."""
     first_seen_at: datetime
     last_seen_at: datetime
+    resolved_at: datetime | None
     resolution: str | None
     report_id: str | None
 

@@ -195,7 +195,7 @@ EVENT_KINDS = Counter(
     kind=("trade", "funding", "order_report", "exchange_report"),
 )
 REFOLDS = Counter("refolds", "Positions folded anew because something was late for them.", by=("worker",))
-BREAKS = Counter("breaks", "Breaks with the exchange that came or changed.", by=("worker",))
+BREAKS = Counter("breaks", "Breaks with the exchange's reports that came or changed.", by=("worker",))
 BATCH_MESSAGES = Histogram(
     "batch_messages", "Messages in a batch, which is one task.", by=("worker",), buckets=_MESSAGES
 )
@@ -293,6 +293,7 @@ LAST_EVENT_AGE = Gauge(
 )
 QUARANTINE = Gauge("quarantine_messages", "Messages in quarantine.", by=("web",))
 SUSPECTED = Gauge("suspected_messages", "Messages that seem to end their worker.", by=("web",))
+OPEN_BREAKS = Gauge("open_breaks", "Breaks that stand, by what caused them.", by=("web",), cause=())
 QUEUE_MESSAGES = Gauge("queue_messages", "Messages that wait in a queue.", by=("web",), queue=())
 QUEUE_CONSUMERS = Gauge("queue_consumers", "Consumers of a queue.", by=("web",), queue=())
 QUEUE_OWN_CONSUMERS = Gauge("queue_own_consumers", "Those of them that are ours.", by=("web",), queue=())

@@ -36,10 +36,12 @@ def apply_events(
     rules: Rules,
     now: datetime,
     patient: bool = False,
+    source: str | None = None,
 ) -> Outcome:
     """Apply ``events`` and keep ``refused``; all of it, or nothing if this raises.
 
-    However late something is, a ``patient`` caller has it folded, and its other positions wait.
+    However late something is, a ``patient`` caller has it folded, and its other positions wait. With a
+    ``source`` the neighbours are told that it made the update, not of what kind the events were.
 
     The order of locks is the same in every transaction (rows of new positions, ledger keys, positions,
     each sorted), so that batches that overlap wait for each other and never deadlock.
@@ -84,7 +86,9 @@ def apply_events(
         return outcome
     stored = positions.lock(connection, touched)
     with exact():
-        changed = _changes(connection, stored, new, told, rules=rules, outcome=outcome, patient=patient)
+        changed = _changes(
+            connection, stored, new, told, rules=rules, outcome=outcome, patient=patient, source=source
+        )
         outcome.counts["breaks"] += write_changes(
             connection, changed, stale_after=rules.price_stale_after, now=now
         )
@@ -100,6 +104,7 @@ def _changes(
     rules: Rules,
     outcome: Outcome,
     patient: bool,
+    source: str | None,
 ) -> list[Change]:
     """Fold what is new into each position; those where it is late are folded anew from the ledger."""
     by_position: defaultdict[PositionKey, list[Entry]] = defaultdict(list)
@@ -136,9 +141,7 @@ def _changes(
             state=state,
             covers=len(applied[key]),
             trace_id=next((each.trace_id for each in reversed(applied[key]) if each.trace_id), ""),
-            source="order_execution"
-            if any(isinstance(each, Entry) for each in applied[key])
-            else "websocket",
+            source=source or _source(applied[key]),
             adjustments=adjustments(key, stored[key], state),
             points=points,
         )
@@ -146,6 +149,10 @@ def _changes(
         # Where all that came was stale, there is nothing to write or to tell.
         if by_position[key] or not stored[key].version or state != stored[key].state
     ]
+
+
+def _source(applied: Sequence[Event]) -> str:
+    return "order_execution" if any(isinstance(each, Entry) for each in applied) else "websocket"
 
 
 def _arrival_of(report: Report) -> Entry:

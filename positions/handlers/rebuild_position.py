@@ -6,7 +6,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection
 
-from positions.domain.events import PositionKey
+from positions.domain.events import Entry, PositionKey
 from positions.domain.figures import figures
 from positions.domain.numbers import exact
 from positions.domain.orders import fills_of
@@ -32,6 +32,8 @@ class Comparison:
     points: Sequence[Point]
     """What to keep of the way there."""
     differences: Differences
+    entries: Sequence[Entry]
+    """Its whole ledger."""
 
 
 def rebuild_position(
@@ -75,7 +77,11 @@ def compared(connection: Connection, key: PositionKey, *, rules: Rules, lock: bo
         differences = {"state": (stored.state.ledger, state.ledger)}
     # Of what an older service left, nothing is known that it could be compared with.
     return Comparison(
-        stored=stored, state=state, points=points, differences={} if stored.adopted else differences
+        stored=stored,
+        state=state,
+        points=points,
+        differences={} if stored.adopted else differences,
+        entries=entries,
     )
 
 

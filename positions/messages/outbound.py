@@ -403,20 +403,27 @@ class BreakView:
     __pydantic_config__ = DOCUMENTED
 
     kind: str
-    """`size`: the venue reports another size than our fills fold to; `over_reduction`: more was closed than
-    was held, so a fill is missing; `stored_...`: a stored figure is not what the ledger folds to."""
+    """`size`, `average`, `realized`: the venue tells another figure than our fills fold to; `absent`: it
+    knows nothing of what we hold; `over_reduction`: more was closed than was held, so a fill is missing;
+    `stored_...`: a stored figure is not what the ledger folds to."""
     leg: str
     """`net`, `long` or `short`; `net` also where it is of the position as a whole."""
     ours: Amount
     """What our ledger says; 0 where that is nothing, or no number."""
     theirs: Amount
     """What the venue says, or what was stored."""
+    cause: str
+    """`missing_fill`, `duplicate`, `funding`, `manual_trade`, `rounding` or `unknown`."""
+    detail: str | None
+    """The evidence for it, in words."""
     report_id: str | None
     """The venue's report that differs."""
     first_seen_at: Time
     last_seen_at: Time
+    resolved_at: Time | None
     resolution: str | None
-    """How it ended: `refolded` where the stored figure was set right; null while it stands."""
+    """How it ended: `refolded`, the stored figure was set right; `executions_applied`, the ledger was given
+    what it lacked; `taken_over`, the venue's figure overruled; `agrees`, it was gone; null: it stands."""
 
 
 def break_object(view: BreakView) -> dict[str, object]:

@@ -11,20 +11,28 @@ from positions.storage.tables import breaks
 Found = tuple[str, str, str, Break]
 """A break and where it is: position id, leg, kind."""
 
+_FIGURES = ("ours", "theirs", "report_id", "cause", "detail")
 _RESOLVE = """
     UPDATE breaks b SET resolved_at = %(now)s, resolution = %(resolution)s
     FROM unnest(%(position)s::uuid[], %(leg)s::text[], %(kind)s::text[]) AS v (position_id, leg, kind)
     WHERE b.position_id = v.position_id AND b.leg = v.leg AND b.kind = v.kind AND b.resolved_at IS NULL
 """
 _KEEP = """
-    INSERT INTO breaks (position_id, leg, kind, ours, theirs, report_id, first_seen_at, last_seen_at)
+    INSERT INTO breaks AS b
+        (position_id, leg, kind, ours, theirs, report_id, cause, detail, first_seen_at, last_seen_at)
     SELECT v.*, %(now)s, %(now)s
     FROM unnest(
         %(position)s::uuid[], %(leg)s::text[], %(kind)s::text[], %(ours)s::numeric[], %(theirs)s::numeric[],
-        %(report_id)s::text[]
+        %(report_id)s::text[], %(cause)s::text[], %(detail)s::text[]
     ) AS v
     ON CONFLICT (position_id, leg, kind) WHERE resolved_at IS NULL
     DO UPDATE SET ours = excluded.ours, theirs = excluded.theirs, report_id = excluded.report_id,
+        -- Who sees it again without evidence takes none away.
+        (cause, detail) = (
+            SELECT b.cause, b.detail
+            WHERE excluded.cause = 'unknown' AND (b.ours, b.theirs) = (excluded.ours, excluded.theirs)
+            UNION ALL SELECT excluded.cause, excluded.detail LIMIT 1
+        ),
         last_seen_at = excluded.last_seen_at
 """
 
@@ -34,7 +42,7 @@ def keep(connection: Connection, found: Sequence[Found], *, now: datetime) -> No
     if not found:
         return
     arrays = _arrays([each[:3] for each in found])
-    figures = {name: [getattr(each[3], name) for each in found] for name in ("ours", "theirs", "report_id")}
+    figures = {name: [getattr(each[3], name) for each in found] for name in _FIGURES}
     connection.exec_driver_sql(_KEEP, {**arrays, **figures, "now": now})
     taken = [each[:3] for each in found if each[3].taken_over_at is not None]
     resolve(connection, taken, resolution="taken_over", now=now)

@@ -123,6 +123,9 @@ breaks = Table(
     Column("ours", Amount, nullable=False),
     Column("theirs", Amount, nullable=False),
     Column("report_id", Text),
+    # Why they differ, as far as there is evidence (positions.domain.breaks.Cause), and the evidence in words.
+    Column("cause", String(16), nullable=False, server_default="unknown"),
+    Column("detail", Text),
     Column("first_seen_at", Time, nullable=False),
     Column("last_seen_at", Time, nullable=False),
     Column("resolved_at", Time),
@@ -135,6 +138,20 @@ breaks = Table(
         unique=True,
         postgresql_where=text("resolved_at IS NULL"),
     ),
+)
+
+# When each position was last validated, and what became of it: a run that was cut short goes on from
+# here. No foreign key: to add it would hold up writers, and nobody deletes positions.
+validations = Table(
+    "validations",
+    metadata,
+    Column("position_id", UUID(as_uuid=False), primary_key=True),
+    Column("checked_at", Time, nullable=False),
+    # When the venue last said the same: what is missing happened after it.
+    Column("agreed_at", Time),
+    Column("valid", BigInteger, nullable=False, server_default="0"),
+    Column("repaired", BigInteger, nullable=False, server_default="0"),
+    Column("invalid", BigInteger, nullable=False, server_default="0"),
 )
 
 outbox = Table(

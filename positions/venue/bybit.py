@@ -118,12 +118,12 @@ class Bybit:
         self._session.headers["User-Agent"] = "positions"
 
     @classmethod
-    def of(cls, settings: Settings) -> Self:
-        """Return the client that the settings describe."""
+    def of(cls, settings: Settings, *, retries: int | None = None) -> Self:
+        """Return the client that the settings describe, with other ``retries`` if given."""
         return cls(
             settings.price_api_url,
             timeout_s=settings.price_api_timeout,
-            retries=settings.price_api_retries,
+            retries=settings.price_api_retries if retries is None else retries,
             key=settings.bybit_api_key,
             secret=settings.bybit_api_secret,
         )

@@ -4,7 +4,7 @@ What the web processes counted (`positions.metrics`), and what database, broker 
 at the scrape, and kept for `KEPT_S`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -23,7 +23,9 @@ from positions.errors import Unavailable
 from positions.messages.outbound import Time, utc_text
 from positions.queries.health import Activity, activity
 from positions.queries.portfolio import portfolio
+from positions.storage import validations
 from positions.storage.database import answered_within, transaction
+from positions.storage.validations import OUTCOMES
 from positions.web.auth import public
 from positions.web.checks import Queue, Recent
 from positions.web.openapi import api
@@ -54,6 +56,10 @@ class Gauges:
     activity: Activity | None
     gross_exposure: Decimal | None
     net_exposure: Decimal | None
+    open_breaks: Mapping[str, int] | None
+    """By cause."""
+    scheduled: Mapping[str, int]
+    """How many positions were validated on the schedule, by what was found; since ever."""
     queues: tuple[Queue, ...] | None
     cache: bool
     asked_at: datetime
@@ -75,7 +81,8 @@ class Metrics(BaseModel):
     portfolio_cache_hit_rate: float | None
     """0 to 1; null before the first lookup."""
     validation_statistics: dict[str, int]
-    """How many positions were validated, by what was found."""
+    """How many positions were validated, on the schedule and by request, by what was found; how many breaks
+    stand."""
     timestamp: Time
 
 
@@ -96,7 +103,8 @@ def scrape() -> Response:
 
 
 def _ask() -> Gauges:
-    stored, gross, net = None, None, None
+    stored, gross, net, breaks = None, None, None, None
+    scheduled: Mapping[str, int] = {}
     try:
         with answered_within(DATABASE_S), transaction(resources().reads) as connection:
             stored = activity(connection)
@@ -104,19 +112,22 @@ def _ask() -> Gauges:
                 connection, now=datetime.now(UTC), stale_after=resources().stale_after, max_exposure=None
             )
             gross, net = view.total_exposure_usdt, view.net_exposure_usdt
+            breaks, scheduled = validations.open_breaks(connection), validations.outcomes(connection)
     except Unavailable as error:
         log.warning("database_unusable", reason=str(error))
     return Gauges(
         activity=stored,
         gross_exposure=gross,
         net_exposure=net,
+        open_breaks=breaks,
+        scheduled=scheduled,
         queues=resources().checks.queues(),
         cache=resources().checks.cache(),
         asked_at=datetime.now(UTC),
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class _Asked(Collector):
     gauges: Gauges
 
@@ -136,6 +147,8 @@ class _Asked(Collector):
             yield from metrics.LAST_EVENT_AGE.of(seconds_since(stored.last_event_at, gauges.asked_at))
             yield from metrics.QUARANTINE.of(stored.quarantine)
             yield from metrics.SUSPECTED.of(stored.suspected)
+        if gauges.open_breaks is not None:
+            yield from metrics.OPEN_BREAKS.by_label(gauges.open_breaks)
         if gauges.queues is not None:
             yield from metrics.QUEUE_MESSAGES.by_label({each.name: each.messages for each in gauges.queues})
             yield from metrics.QUEUE_CONSUMERS.by_label({each.name: each.consumers for each in gauges.queues})
@@ -154,11 +167,15 @@ def _short(registry: CollectorRegistry, gauges: Gauges) -> dict[str, object]:
         for sample in family.samples:
             if family.name in counts and sample.name.endswith("_total"):
                 counts[family.name][sample.labels["outcome"]] = int(sample.value)
-    lookups, validations = counts.values()
+    lookups, asked = counts.values()
+    found: dict[str, int] = {each: asked.get(each, 0) + gauges.scheduled.get(each, 0) for each in OUTCOMES}
+    statistics = {"total": sum(found.values()), **found}
+    if gauges.open_breaks is not None:
+        statistics["open_breaks"] = sum(gauges.open_breaks.values())
     return {
         "database_connected": gauges.activity is not None,
         "queue_connected": gauges.queues is not None,
         "portfolio_cache_hit_rate": lookups["hit"] / sum(lookups.values()) if any(lookups.values()) else None,
-        "validation_statistics": {"total": sum(validations.values()), **validations},
+        "validation_statistics": statistics,
         "timestamp": utc_text(datetime.now(UTC)),
     }

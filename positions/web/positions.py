@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from positions import metrics
 from positions.domain.events import Mode, PositionKey
-from positions.handlers.validate_position import validate_position
+from positions.handlers.validate_positions import Validator
 from positions.messages.outbound import (
     BreakView,
     ExecutionView,
@@ -23,7 +23,7 @@ from positions.messages.outbound import (
 from positions.queries.as_of import position_as_of
 from positions.queries.executions import Place, executions
 from positions.queries.positions import PAGE_MAX, Status, position, positions
-from positions.storage.database import in_transaction, transaction
+from positions.storage.database import transaction
 from positions.web.answers import kept
 from positions.web.listings import columns, link_to, listing, negotiated, wants_csv
 from positions.web.openapi import LISTED, OF_BODY, TAGGED, api
@@ -215,20 +215,23 @@ def made_by(path: OfAsset, query: Executed) -> Response:
 @blueprint.post("/positions/<asset>/validate", responses={200: Validation}, openapi_extensions=OF_BODY)
 @checked
 def validate(path: OfAsset, query: Validated) -> Response:
-    """Compare a position with the fold of its ledger, and with the newest report of the venue.
+    """Compare a position with the fold of its ledger, with the newest report of the venue, and with its API.
+
+    The exchange's API is asked where its key is set; an exchange that does not answer is no break.
 
     Raises:
         NotFound: there is no such position.
     """
     own, key = resources(), PositionKey(path.asset, query.mode)
-    found = in_transaction(
-        own.engine if query.fix_discrepancies else own.reads,
-        lambda connection: validate_position(
-            connection, key, rules=own.rules, now=datetime.now(UTC), fix=query.fix_discrepancies
-        ),
+    validator = Validator(
+        engine=own.engine,
+        rules=own.rules,
         retry=own.retry,
+        venue=own.venue,
+        fix=query.fix_discrepancies,
     )
-    metrics.VALIDATIONS.inc("valid" if found.is_valid else "repaired" if found.updated else "invalid")
+    found = validator.one(key)
+    metrics.VALIDATIONS.inc(found.outcome)
     updated = None
     if found.updated:
         with transaction(own.reads) as connection:

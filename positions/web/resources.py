@@ -15,6 +15,7 @@ from positions.settings import Settings
 from positions.storage.database import Retry, connect
 from positions.storage.metrics_cache import MetricsCache
 from positions.storage.portfolio import Versions
+from positions.venue.bybit import Bybit
 from positions.web.checks import Checks
 from positions.web.memory import LastAnswers
 
@@ -41,6 +42,8 @@ class Resources:
     answers: LastAnswers
     metrics: MetricsCache
     checks: Checks
+    venue: Bybit | None
+    """None where there is no key of it."""
 
 
 def made_from(settings: Settings) -> Resources:
@@ -53,6 +56,8 @@ def made_from(settings: Settings) -> Resources:
         lock_timeout="1s",
         application=f"{settings.service_name}-web",
     )
+    # Who validates waits for one try: the next validation may find more.
+    venue = Bybit.of(settings, retries=0)
     return Resources(
         service_name=settings.service_name,
         rules=Rules.of(settings),
@@ -71,6 +76,7 @@ def made_from(settings: Settings) -> Resources:
             connections=settings.web_threads,
         ),
         checks=Checks(broker=settings.broker, queues=settings.queues, cache=settings.redis),
+        venue=venue if venue.signs else None,
     )
 
 

@@ -15,11 +15,13 @@ from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Engine, insert, update
 
+from positions.handlers.validate_positions import Validator
 from positions.metrics import PORTFOLIO_CACHE, VALIDATIONS
 from positions.storage import quarantine, tables
+from positions.storage.database import Retry
 from positions.web import metrics
 from tests.integration.api import KEY, QUEUE, Make, environ, served, store
-from tests.integration.support import apply, execution
+from tests.integration.support import RULES, apply, execution
 from tests.services import PostgreSQL, wait_until
 
 WITH_KEY = {"X-API-Key": KEY}
@@ -207,7 +209,29 @@ def test_requests_to_validate_are_counted_by_what_they_found(
         "valid": 1,
         "invalid": 2,
         "repaired": 1,
+        "open_breaks": 0,
     }
+
+
+def test_what_the_schedule_validated_counts_too_and_breaks_that_stand_by_cause(
+    make_app: Make, database_url: str, engine: Engine
+) -> None:
+    app = make_app(database_url)
+    long = [execution("BTCUSDT", "Sell", "2", "100", position_idx=1)]
+    apply(engine, [execution("ETHUSDT", "Buy", "1", "100"), *long])
+    validator = Validator(engine=engine, rules=RULES, retry=Retry(), venue=None, fix=True)
+    before = _short(make_app(database_url))["validation_statistics"]
+    assert len(list(validator.run())) == 2
+    after = _short(app)["validation_statistics"]
+    assert {name: after[name] - before[name] for name in after} == {
+        "total": 2,
+        "valid": 1,
+        "invalid": 1,
+        "repaired": 0,
+        "open_breaks": 0,
+    }
+    assert after["open_breaks"] == 1
+    assert _of(_scrape(app), "open_breaks", cause="missing_fill") == 1
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from flask.testing import FlaskClient
 from sqlalchemy import Connection, Engine, update
 
 from positions.errors import ConcurrencyConflict
+from positions.handlers.validate_positions import Validator
 from positions.queries import history
 from positions.storage import quarantine, tables
 from positions.storage.database import transaction
 from positions.storage.quarantine import Refused
-from positions.web import positions as positions_routes
 from positions.web import quarantine as quarantine_routes
 from tests.integration.api import KEY, Make, problem
 from tests.integration.support import EXECUTION_QUEUE, apply, execution
@@ -197,7 +197,7 @@ def test_conflict_that_outlived_its_retries_may_be_tried_again(
         raise ConcurrencyConflict
 
     apply(engine, [execution("BTCUSDT", "Buy", "1", "100")])
-    monkeypatch.setattr(positions_routes, "validate_position", lose)
+    monkeypatch.setattr(Validator, "one", lose)
     response = client.post("/api/v1/positions/BTCUSDT/validate")
     problem(response, 409, "conflict")
     assert int(response.headers["Retry-After"]) > 0

@@ -344,8 +344,11 @@ BREAK = {
     "leg": "net",
     "ours": "1",
     "theirs": "2",
+    "cause": "missing_fill",
+    "detail": None,
     "first_seen_at": AT_TEXT,
     "last_seen_at": AT_TEXT,
+    "resolved_at": None,
     "resolution": None,
     "report_id": "r",
 }
@@ -354,8 +357,11 @@ READ_BREAK = Break(
     leg="net",
     ours=Decimal(1),
     theirs=Decimal(2),
+    cause="missing_fill",
+    detail=None,
     first_seen_at=AT,
     last_seen_at=AT,
+    resolved_at=None,
     resolution=None,
     report_id="r",
 )

@@ -47,7 +47,9 @@ def env(database_url: str, broker_url: str, redis_url: str) -> dict[str, str]:
 @pytest.fixture
 def impatient() -> Iterator[RabbitMQ]:
     """A broker that closes the channel of who does not acknowledge within three seconds."""
-    with RabbitMQ({"consumer_timeout": "3000", "channel_tick_interval": "1000"}) as server:
+    with RabbitMQ({"consumer_timeout": "3000"}) as server:
+        # It looks once a minute.
+        server.evaluate("application:set_env(rabbit, channel_tick_interval, 1000)")
         yield server
 
 

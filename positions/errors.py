@@ -38,7 +38,19 @@ class DeepRefold(PositionsError):
 
 
 class Suspected(PositionsError):
-    """Messages that were begun before and did not end, perhaps as their worker did: each is to go alone."""
+    """Messages that were begun before and did not end, perhaps as their worker did.
+
+    `tried` says of each, by digest, how often it was begun apart from others.
+    """
+
+    def __init__(self, tried: dict[str, int]) -> None:
+        super().__init__(tried)
+        self.tried = tried
+
+    def __str__(self) -> str:
+        return f"{len(self.tried)} messages were begun before and did not end"
+
+    __repr__ = __str__  # logged, and there may be thousands
 
 
 class Unavailable(PositionsError):

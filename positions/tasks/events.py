@@ -57,12 +57,12 @@ def apply_batch(
         messages: what to apply.
         park: put all of them into quarantine undecoded, for this reason.
         redelivered: they were delivered before: whether one of them ends its worker is kept account of.
-        lonely: it is one message, and this worker does nothing else meanwhile.
+        lonely: they are suspected, few or one, and this worker does nothing else meanwhile.
 
     Raises:
         Unavailable: the database is away; nothing was applied, the intake holds the batch.
         ConcurrencyConflict: nothing was applied; the messages go back to their queue.
-        Suspected: nothing was applied; each message is to come again lonely.
+        Suspected: nothing was applied; those it names are to come again lonely.
     """
     if not redelivered:
         return _apply_batch(messages, park=park)
@@ -77,11 +77,12 @@ def apply_batch(
     # Tried once: with the tries of what follows it must end before the soft limit.
     with transaction(own.engine) as connection:
         begun = attempts.begun(connection, queues, alone=lonely, now=datetime.now(UTC))
-    if not lonely and (suspects := sum(known for _, known in begun.values())):
-        raise Suspected(f"{suspects} of {len(messages)} were begun before and did not end")
-    for digest, (alone, _) in begun.items():
-        if lonely:
-            log.warning("event_suspected", queue=queues[digest], digest=digest, attempts=alone)
+        suspects = {digest: alone for digest, (alone, known) in begun.items() if known}
+        if suspects and not lonely:
+            raise Suspected(suspects)  # and nothing is noted
+    if lonely and len(queues) == 1:
+        ((digest, (alone, _)),) = begun.items()
+        log.warning("event_suspected", queue=queues[digest], digest=digest, attempts=alone)
         if alone > ALONE_ATTEMPTS:
             park = park or f"begun {alone - 1} times alone and never ended: it takes its worker with it"
     try:

@@ -13,7 +13,8 @@ the database is away (`Unavailable`), or   held here, tried again after a growin
 so slow that the task was killed
 `ConcurrencyConflict`                      back to the queue
 its process was lost, or an unexpected     each message travels alone, so that one poison message
-error                                      takes no neighbour down; a message that failed alone
+error                                      takes no neighbour down; of a large batch first few
+                                           together (`FEW`). A message that failed alone
                                            `ALONE_ATTEMPTS` times is put into quarantine
 the connection to the broker was lost,     nothing: the broker delivers again, the ledger knows
 or this process
@@ -21,12 +22,13 @@ or this process
 
 What is delivered again travels apart from the rest, and the task keeps account of it in the database: a
 message that was begun before and did not end may have taken the whole worker with it. It is suspected, and
-applied with nothing beside it; one that was begun so `ALONE_ATTEMPTS` times is put into quarantine.
+applied with nothing beside it, but for a `FEW` others at first; one that was begun so `ALONE_ATTEMPTS` times
+is put into quarantine.
 """
 
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from logging import Logger
 from typing import Any
@@ -46,6 +48,7 @@ from positions.errors import ConcurrencyConflict, Suspected, Unavailable
 from positions.messages.inbound import Delivery
 from positions.settings import Settings
 from positions.storage.broker import INTAKE_QUEUE, ensure_queue
+from positions.storage.quarantine import digest_of
 from positions.tasks import resources
 from positions.tasks.events import ALONE_ATTEMPTS, TASK_NAME
 from positions.tasks.frames import read_in_bulk
@@ -54,6 +57,8 @@ log = structlog.get_logger(__name__)
 
 # A batch is also full at this size: it travels through a pipe to the pool in one piece.
 BATCH_BYTES_MAX = 1_000_000
+# So many messages of a batch that failed travel together, before each goes alone.
+FEW = 32
 PREFETCH_MAX = 65_535  # the protocol's
 BASIC_CLASS = 60  # AMQP's number of the class of messages
 HOLD_FIRST_S, HOLD_MAX_S = 0.5, 5.0
@@ -323,13 +328,16 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
             metrics.BATCHES_FAILED.inc("held")
             log_failure.warning("batch_held", wait_s=batch.waits_s)
             self._hold(batch, attempts=batch.attempts, park=batch.park)
-        elif isinstance(failure, Suspected) or len(batch.messages) > 1:
+        elif isinstance(failure, Suspected):
             metrics.BATCHES_FAILED.inc("isolated")
-            lonely = batch.redelivered
-            log_failure.error("batch_isolated", lonely=lonely)
-            self._ready.extend(
-                Batch(self, [message], [tag], redelivered=batch.redelivered, lonely=lonely)
-                for message, tag in zip(batch.messages, batch.tags, strict=True)
+            log_failure.warning("batch_isolated")
+            self._set_apart(batch, failure.tried)
+        elif len(batch.messages) > 1:
+            metrics.BATCHES_FAILED.inc("isolated")
+            log_failure.error("batch_isolated")
+            size = FEW if len(batch.messages) > FEW else 1
+            self._split(
+                batch.messages, batch.tags, size, redelivered=batch.redelivered, lonely=batch.redelivered
             )
         else:
             attempts = batch.attempts + 1
@@ -339,6 +347,28 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
             park = f"failed {attempts} times alone: {_reason(failure)}" if given_up else None
             self._hold(batch, attempts=attempts, park=park)
         self._hand_over()
+
+    def _set_apart(self, batch: Batch, tried: Mapping[str, int]) -> None:
+        """Let those go alone that were tried apart before, other suspects a few together, the rest as ever."""
+        pairs: tuple[list[tuple[Delivery, Any]], ...] = ([], [], [])
+        for message, tag in zip(batch.messages, batch.tags, strict=True):
+            times = tried.get(digest_of(message.queue, message.body))
+            pairs[0 if times is None else 1 if times == 0 else 2].append((message, tag))
+        for of_kind, size, lonely in zip(
+            pairs, (len(batch.messages), FEW, 1), (False, True, True), strict=True
+        ):
+            messages, tags = [message for message, _ in of_kind], [tag for _, tag in of_kind]
+            self._split(messages, tags, size, redelivered=True, lonely=lonely)
+
+    def _split(
+        self, messages: Sequence[Delivery], tags: Sequence[Any], size: int, *, redelivered: bool, lonely: bool
+    ) -> None:
+        """Let ``messages`` travel next, so many together."""
+        for start in range(0, len(messages), size):
+            part = slice(start, start + size)
+            self._ready.append(
+                Batch(self, messages[part], tags[part], redelivered=redelivered, lonely=lonely)
+            )
 
     def _hold(self, batch: Batch, *, attempts: int, park: str | None) -> None:
         """Try the messages of ``batch`` again after its wait; the next one will be longer."""

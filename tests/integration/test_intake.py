@@ -315,9 +315,9 @@ def test_poison_that_ends_the_whole_worker_is_parked_after_so_many_workers(
                 assert running.terminate() == 0
                 break
         lost += 1
-        # Its second delivery is in a batch, the next three are alone; the first may be either.
+        # Its second delivery is in a batch, the third with a few others, then it is alone.
         assert lost <= 5
-        assert suspected() == (lost > 2)
+        assert (suspected() > 0) == (lost > 2)
     assert lost >= 4
     assert waiting(queues) == 0
     assert suspected() == count(engine, attempts) == 0

@@ -349,7 +349,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self._hand_over()
 
     def _set_apart(self, batch: Batch, tried: Mapping[str, int]) -> None:
-        """Let those go alone that were tried apart before, other suspects a few together, the rest as ever."""
+        """Let those go alone that were tried apart before, other suspects few together, the rest as ever."""
         pairs: tuple[list[tuple[Delivery, Any]], ...] = ([], [], [])
         for message, tag in zip(batch.messages, batch.tags, strict=True):
             times = tried.get(digest_of(message.queue, message.body))

@@ -1,4 +1,4 @@
-.PHONY: help run test check chaos docs lock
+.PHONY: help run test check chaos docs lock audit
 
 help:
 	@echo 'make run     the whole service, with its own PostgreSQL and Valkey unless you name others'
@@ -7,6 +7,7 @@ help:
 	@echo 'make chaos   the service under faults for five minutes, and a report (SEED=2 ARGS=--control)'
 	@echo 'make docs    docs/reference anew, where it is made from the code'
 	@echo 'make lock    the lock files anew from setup.cfg (ARGS=--upgrade for the newest versions)'
+	@echo 'make audit   asks PyPI for known weaknesses of what is in requirements.lock'
 
 run:
 	@tools/setup.sh
@@ -36,3 +37,9 @@ docs:
 lock:
 	@tools/setup.sh dev
 	@tools/lock.sh $(ARGS)
+
+audit:
+	@tools/setup.sh dev
+	@.venv/bin/python -m venv .venv/audit
+	@.venv/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	.venv/audit/bin/pip-audit --requirement requirements.lock --disable-pip --require-hashes --strict

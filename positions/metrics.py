@@ -353,8 +353,13 @@ def folder_for(port: int) -> Path:
 
 
 def emptied(path: Path) -> str:
-    """Make the folder, or empty it: what was counted before a restart is Prometheus's."""
+    """Make the folder, or empty it: what was counted before a restart is Prometheus's.
+
+    Where another user has made it, another is made and returned: his files are not ours to write through.
+    """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.lstat().st_uid != os.getuid():
+        return tempfile.mkdtemp(prefix=path.name)
     for file in path.glob("*.db"):
         file.unlink()
     return str(path)
@@ -396,11 +401,12 @@ def serve(process: Process, settings: Settings, *, forks: bool = False) -> None:
         registry.register(Counted())
         try:
             prometheus_client.start_http_server(port, host, registry)
+            if forks:
+                # Whoever has the port has the folder.
+                keep_in(emptied(folder_for(port)), "main")
         except OSError as error:
             log.warning("metrics_not_served", host=host, port=port, reason=error.strerror or str(error))
         else:
-            if forks:
-                keep_in(emptied(folder_for(port)), "main")
             log.info("metrics_served", host=host, port=port)
     begin(process)
 

@@ -36,6 +36,7 @@ class SettingsError(ValueError):
     """A setting is missing or wrong; the message names the variable."""
 
 
+BROKER_SCHEMES = ("amqp", "amqps", "redis", "rediss", "valkey")
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 PRICE_HOSTS = frozenset(
     {
@@ -620,6 +621,19 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         raise SettingsError(f"{queues}: names a queue twice, or the one of {PREFIX}POSITION_QUEUE")
     if bool(made.bybit_api_key) != bool(made.bybit_api_secret):
         raise SettingsError(f"{PREFIX}BYBIT_API_KEY and {PREFIX}BYBIT_API_SECRET: one without the other")
+    # Not before it is needed: `positions --help` has no use for it.
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        driver = make_url(made.database).drivername
+    except (ArgumentError, ValueError):
+        driver = ""
+    if not driver.startswith("postgresql"):
+        # What it is has a password in it.
+        raise SettingsError(f"{PREFIX}DATABASE_URL: must be like postgresql://user:password@host:5432/name")
+    if made.broker.partition("://")[0] not in BROKER_SCHEMES:
+        raise SettingsError(f"{PREFIX}BROKER_URL: must begin with {'://, '.join(BROKER_SCHEMES)}://")
     if made.redis.partition("://")[0] not in REDIS_SCHEMES:
         raise SettingsError(f"{PREFIX}REDIS_URL: must begin with {'://, '.join(REDIS_SCHEMES)}://")
     return made

@@ -114,8 +114,8 @@ def on_starting(server: Any) -> None:
     """Make the folder of the metrics."""
     given = os.environ.get(_FOLDER)
     folder = Path(given) if given else metrics.folder_for(_settings.port)
-    server.made_for_metrics = None if given else folder
     os.environ[_FOLDER] = metrics.emptied(folder)
+    server.made_for_metrics = None if given else os.environ[_FOLDER]
 
 
 def on_reload(server: Any) -> None:

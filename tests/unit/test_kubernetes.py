@@ -17,6 +17,7 @@ import yaml
 from celery.bin.celery import celery
 
 from beat_schedule import JOBS_QUEUE, TASK_QUEUE
+from positions import metrics
 from positions.cli import cli
 from positions.handlers.relay_outbox import CONFIRM_S
 from positions.messages.published import EVENT_TYPES, queue_of
@@ -157,6 +158,17 @@ def test_selectors_and_secrets_name_what_is_there() -> None:
         name = selector.get("matchLabels", selector)["app.kubernetes.io/name"]
         assert name == each["metadata"]["name"]
         assert name in PODS
+
+
+def test_every_process_is_scraped_where_it_listens() -> None:
+    for process, port in {"web": 4800, **metrics.PORTS}.items():
+        workload = OURS[f"positions-{process}"]
+        annotations = workload["spec"]["template"]["metadata"]["annotations"]
+        assert annotations == {"prometheus.io/scrape": "true", "prometheus.io/port": str(port)}
+        assert port in [each["containerPort"] for each in container(workload)["ports"]]
+    (rule,) = of_kind("NetworkPolicy")["positions-metrics"]["spec"]["ingress"]
+    (allowed,) = rule["ports"]
+    assert set(range(allowed["port"], allowed["endPort"] + 1)) == set(metrics.PORTS.values())
 
 
 def test_nothing_is_killed_while_it_finishes_its_work() -> None:

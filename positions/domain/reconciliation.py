@@ -279,7 +279,8 @@ class _Case:
         if self._follows(name):
             return True
         first = min((each.executed_at for each in self.entries if each.leg is name), default=None)
-        return first is not None and statement.created_at is not None and first <= statement.created_at
+        created = statement.created_at
+        return first is not None and created is not None and first <= created + SAME_TRADE_WITHIN
 
     def cause(self, statement: Statement, kind: BreakKind) -> tuple[Cause, str | None]:
         """Return why the two differ in ``kind``, and the evidence in words."""

@@ -18,7 +18,7 @@ from positions.cli import cli
 from positions.domain.events import Mode, PositionKey
 from positions.errors import NotFound
 from positions.settings import load
-from positions.storage import api_keys, quarantine
+from positions.storage import api_keys, quarantine, validations
 from positions.storage.database import transaction
 from tests.integration.support import apply, execution, stored
 
@@ -205,3 +205,24 @@ def test_snapshots_are_taken_of_one_moment_and_published(engine: Engine, run: An
     assert told == 2
     assert "1 snapshots taken" in run("snapshot", "--asset", "ethusdt").stderr
     assert isinstance(run("snapshot", "--asset", "nothing").exception, NotFound)
+
+
+def test_validate_tells_what_differs_and_corrects_only_when_told_to(engine: Engine, run: Any) -> None:
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100"), execution("ETHUSDT", "Buy", "1", "100")])
+    assert run("validate").exit_code == 0
+    with transaction(engine) as connection:
+        connection.execute(text("UPDATE positions SET size = 7 WHERE asset = 'BTCUSDT'"))
+    for _ in range(2):
+        told = run("validate", "--json")
+        assert told.exit_code == 1
+        (row,) = map(json.loads, told.stdout.splitlines())
+        assert (row["asset"], row["kind"], row["ours"], row["theirs"]) == ("BTCUSDT", "stored_size", "1", "7")
+    assert stored(engine)[BTC]["size"] == 7
+    fixed = run("validate", "--fix", "--asset", "btcusdt")
+    assert fixed.exit_code == 1
+    assert "BTCUSDT one-way net stored_size: ours 1, theirs 7: unknown, refolded" in fixed.stdout
+    assert stored(engine)[BTC]["size"] == 1
+    assert run("validate", "--fix").exit_code == 0
+    assert run("validate", "--asset", "NONE").exit_code == 1
+    with validations.alone(engine):
+        assert "another validation is at work" in run("validate").output

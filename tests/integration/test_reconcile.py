@@ -21,6 +21,8 @@ from positions.storage import validations
 from positions.storage.database import Retry, transaction
 from positions.storage.tables import breaks, ledger
 from positions.venue.bybit import Bybit
+from tests.integration import api
+from tests.integration.api import Make
 from tests.integration.processes import Process, environment, jobs
 from tests.integration.support import (
     RULES,
@@ -481,6 +483,35 @@ def test_the_same_executions_by_queue_and_exchange_at_once_count_once(engine: En
             each.result()
     assert stored(engine)[BTC]["size"] == 40
     assert_positions_are_the_fold_of_the_ledger(engine)
+
+
+def test_who_asks_for_one_position_has_the_exchange_asked_too(
+    engine: Engine, venue: Venue, make_app: Make, database_url: str
+) -> None:
+    lately = datetime.now(UTC) - timedelta(hours=1)
+    first, second = ({**each, "executed_at": lately.isoformat()} for each in (FIRST, SECOND))
+    apply(engine, [first])
+    agree(venue, first, second, size="3", second=0)
+    venue.positions[0]["updatedTime"] = venue.executions[0]["execTime"]
+    settings = {"PRICE_API_URL": venue.url, "BYBIT_API_KEY": KEY, "BYBIT_API_SECRET": SECRET}
+    app = make_app(database_url, **{f"POSITION_MANAGER_{name}": value for name, value in settings.items()})
+    post = partial(
+        app.test_client().post, "/api/v1/positions/BTCUSDT/validate", headers={"X-API-Key": api.KEY}
+    )
+    found = post(query_string={"fix_discrepancies": "false"}).get_json()
+    assert (found["is_valid"], found["updated_position"]) == (False, None)
+    assert [each["cause"] for each in found["breaks"]] == ["missing_fill"]
+    assert stored(engine)[BTC]["size"] == 1
+    found = post().get_json()
+    assert found["updated_position"]["size"] == "3"
+    assert [each["resolution"] for each in found["breaks"]] == ["executions_applied"]
+    venue.stop()
+    assert post().get_json() == {
+        "is_valid": True,
+        "error_message": None,
+        "updated_position": None,
+        "breaks": [],
+    }
 
 
 def test_outcomes_are_counted(engine: Engine, venue: Venue) -> None:

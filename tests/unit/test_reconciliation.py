@@ -259,3 +259,20 @@ def test_a_fill_whose_clock_is_ahead_of_the_record_s_is_in_its_figure() -> None:
     asked = replace(said(1, size="3", average="106.67"), asked_at=NOW)
     assert not judged([ONE, TWO], asked, told(ONE, TWO)).breaks
     assert causes(judged([ONE, TWO], said(1, size="3"), told(ONE, TWO))) == {"size": "unknown"}
+
+
+def test_executions_of_a_part_of_the_time_explain_but_do_not_let_the_record_overrule() -> None:
+    part = replace(told(ONE, TWO), whole=False)
+    assert not judged([ONE, TWO], said(60, size="7"), part).overrule
+    assert list(judged([ONE], said(2, size="3"), part).missing) == [TWO]
+
+
+def test_an_account_that_has_nothing_makes_nothing_a_duplicate() -> None:
+    silence = replace(said(3600, size="0"), silent=True)
+    assert causes(judged([ONE], silence, told())) == {"absent": "unknown"}
+
+
+def test_silence_ends_no_dispute() -> None:
+    closed, disputed = fill("-1", "100", 5), report(5, size="7")
+    silence = replace(said(3600, size="0"), silent=True)
+    assert not judged([ONE, closed, disputed], silence, told(ONE, closed)).overrule

@@ -34,6 +34,9 @@ _NOISY = (
     "werkzeug",
 )
 
+_NUMBERS = (bool, int, float)
+_LISTS = (list, tuple, set, frozenset)
+
 _SENSITIVE = r"(?:pass(?:word|wd|phrase)|secret|api[-_]?key|authorization|access[-_]?token|cookie)"
 _SECRET_KEY = re.compile(_SENSITIVE, re.IGNORECASE)
 _SECRET_PAIR = re.compile(
@@ -136,19 +139,26 @@ def _rendering(settings: Settings) -> list[Processor]:
 
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Replace secrets in an event: by the name of the field, and in text wherever one is recognised."""
-    return {name: _redacted(name, value) for name, value in event.items()}
+    return {
+        name: value if value is None or type(value) in _NUMBERS else _redacted(name, value)
+        for name, value in event.items()
+    }
 
 
 def _redacted(name: str, value: object) -> object:
-    if value is None or isinstance(value, bool | int | float):
+    # The classes are tuples, and text comes first: this runs for every field of every line.
+    if value is None or isinstance(value, _NUMBERS):
         return value
     if _is_secret(name):
         return REDACTED
-    if isinstance(value, Mapping):
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, Mapping):
         return {str(key): _redacted(str(key), each) for key, each in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
+    elif isinstance(value, _LISTS):
         return [_redacted("", each) for each in value]
-    text = str(value)
+    else:
+        text = str(value)
     # Most of what is logged can hold no secret, which is quickly seen.
     if "@" in text:
         text = _URL_CREDENTIALS.sub(rf"\g<1>{REDACTED}@", text)

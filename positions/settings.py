@@ -402,7 +402,7 @@ class Settings(BaseModel):
         2, validation_alias=_env("WEB_WORKERS"), ge=1, le=64, description="gunicorn processes."
     )
     web_threads: int = Field(
-        4, validation_alias=_env("WEB_THREADS"), ge=1, le=64, description="Threads of each."
+        8, validation_alias=_env("WEB_THREADS"), ge=1, le=64, description="Threads of each."
     )
     worker_concurrency: int = Field(
         2, validation_alias=_env("WORKER_CONCURRENCY"), ge=1, le=64, description="Pool size of a worker."

@@ -9,6 +9,7 @@ from positions.settings import Settings, load
 from positions.web import (
     auth,
     health,
+    limits,
     metrics,
     openapi,
     portfolio,
@@ -16,6 +17,7 @@ from positions.web import (
     problems,
     quarantine,
     resources,
+    shortcut,
     snapshots,
     tracing,
 )
@@ -30,6 +32,12 @@ SAFE_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "DENY"),
     ("Referrer-Policy", "no-referrer"),
+)
+# A page may say otherwise of itself.
+UNLESS_SAID = (
+    # Money and positions stay out of every cache on the way.
+    ("Cache-Control", "no-store"),
+    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
 )
 
 
@@ -60,7 +68,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     problems.init(app)
     tracing.init(app)  # before what may refuse a request, so that the refusal is traced too
     app.before_request(_refuse_oversized)
-    auth.init(app, settings)
+    ring, limiter = auth.init(app, settings)
     app.after_request(_with_safe_headers)
     app.register_api(health.blueprint)
     app.register_api(metrics.blueprint)
@@ -70,6 +78,8 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.register_api(snapshots.blueprint)
     app.register_api(quarantine.blueprint)
     app.add_url_rule("/openapi.json", view_func=public(lambda: openapi.document(app)))
+    shortcut.init(app, ring, limiter, (*SAFE_HEADERS, *UNLESS_SAID))
+    limits.behind_proxies(app, settings)
     return app
 
 
@@ -87,7 +97,6 @@ def _refuse_oversized() -> None:
 def _with_safe_headers(response: Response) -> Response:
     headers = response.headers
     headers.extend(SAFE_HEADERS)
-    # Money and positions stay out of every cache on the way; a page may say otherwise of itself.
-    headers.setdefault("Cache-Control", "no-store")
-    headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+    for name, value in UNLESS_SAID:
+        headers.setdefault(name, value)
     return response

@@ -6,17 +6,25 @@ from typing import Any
 
 from flask import Response, request
 from sqlalchemy import Connection
+from werkzeug.http import parse_etags
 
 from positions import metrics
+from positions.errors import Unavailable
 from positions.storage import portfolio
 from positions.storage.database import transaction
+from positions.web.auth import any_key_will_do
 from positions.web.memory import TAG_CHARS, Answer
 from positions.web.resources import resources
+
+VERSION = "positions.version"
+"""Key of the WSGI environment: the portfolio's version where it was read already, or why it could not be."""
 
 
 def kept(
     make: Callable[[Connection], Mapping[str, Any]],
     link: Callable[[Mapping[str, Any]], str | None] = lambda _: None,
+    *,
+    vary: str | None = None,
 ) -> Response:
     """Answer the present request with what ``make`` returns, or with the same again if nothing changed.
 
@@ -25,36 +33,58 @@ def kept(
     Args:
         make: makes the answer, JSON-ready.
         link: makes the header that leads from it to its next page.
+        vary: names the header by which others get another answer.
     """
-    answers, question = resources().answers, (request.path, request.query_string)
-    asked = resources().version()
+    answers, question = resources().answers, question_of(request.environ)
+    asked = _version()
     found = answers.get(question, asked)
     if found is None:
         with answers.turn(question):
-            found = answers.get(question, asked) or _made(question, make, link)
+            found = answers.get(question, asked)
+            if found is None:
+                with transaction(resources().reads) as connection:
+                    version = portfolio.version(connection)
+                    data = make(connection)
+                found = _put(question, version, replace(Answer.of(data), link=link(data), vary=vary))
     return respond(found)
 
 
-def _made(
-    question: object,
-    make: Callable[[Connection], Mapping[str, Any]],
-    link: Callable[[Mapping[str, Any]], str | None],
-) -> Answer:
-    with transaction(resources().reads) as connection:
-        version = portfolio.version(connection)
-        data = make(connection)
-    found = replace(Answer.of(data), link=link(data))
-    resources().answers.put(question, version, found)
-    return found
+def question_of(environ: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what a GET asks, by which its answer is kept."""
+    return environ["PATH_INFO"], environ["QUERY_STRING"]
+
+
+def _put(question: object, version: int, answer: Answer) -> Answer:
+    rule = request.url_rule
+    answer = replace(answer, route=rule.rule if rule and any_key_will_do() else None)
+    resources().answers.put(question, version, answer)
+    return answer
+
+
+def _version() -> int:
+    known: int | Unavailable | None = request.environ.get(VERSION)
+    if isinstance(known, Unavailable):
+        raise known
+    return resources().version() if known is None else known
 
 
 def respond(answer: Answer) -> Response:
     """Return ``answer``, or 304 to a client that has it."""
-    tag = f'W/"{answer.tag}"'
-    if "If-None-Match" in request.headers and request.if_none_match.contains_weak(answer.tag):
-        return Response(status=304, headers={"ETag": tag})
-    headers = {"ETag": tag} if answer.link is None else {"ETag": tag, "Link": answer.link}
-    return Response(answer.body, mimetype="application/json", headers=headers)
+    status, headers, body = told(answer, request.environ)
+    return Response(body, status, headers)
+
+
+def told(answer: Answer, environ: Mapping[str, Any]) -> tuple[int, list[tuple[str, str]], bytes]:
+    """Return status, headers and body of ``answer`` to a client that may have it."""
+    headers = [("ETag", f'W/"{answer.tag}"')]
+    if answer.vary:
+        headers.append(("Vary", answer.vary))
+    if (has := environ.get("HTTP_IF_NONE_MATCH")) and parse_etags(has).contains_weak(answer.tag):
+        return 304, headers, b""
+    if answer.link:
+        headers.append(("Link", answer.link))
+    headers += ("Content-Type", "application/json"), ("Content-Length", str(len(answer.body)))
+    return 200, headers, answer.body
 
 
 def kept_by_all(name: str, make: Callable[[Connection], Mapping[str, Mapping[str, Any]]]) -> Response:
@@ -62,12 +92,12 @@ def kept_by_all(name: str, make: Callable[[Connection], Mapping[str, Mapping[str
 
     Where none of them has it, one computes: what it stores in the cache serves the others.
     """
-    own = resources()
-    asked = own.version()
-    found = own.answers.get(name, asked)
+    own, question = resources(), question_of(request.environ)
+    asked = _version()
+    found = own.answers.get(question, asked)
     if found is None:
         with own.answers.turn(name):
-            found = own.answers.get(name, asked)
+            found = own.answers.get(question, asked)
             if found is None:
                 return respond(_shared(name, asked, make))
     metrics.PORTFOLIO_CACHE.inc("hit")
@@ -86,6 +116,5 @@ def _shared(name: str, asked: int, make: Callable[[Connection], Mapping[str, Map
 
     version, stored, outcome = own.metrics.get(asked, name, made, era=own.version.era)
     metrics.PORTFOLIO_CACHE.inc(outcome)
-    found = Answer(stored[TAG_CHARS:], stored[:TAG_CHARS].decode())
-    own.answers.put(name, version, found)
-    return found
+    found = Answer(stored[TAG_CHARS:], stored[:TAG_CHARS].decode(), shared=True)
+    return _put(question_of(request.environ), version, found)

@@ -48,6 +48,11 @@ class Key:
     requests_per_minute: int
     expires_at: datetime | None = None
 
+    @property
+    def expired(self) -> bool:
+        """Whether it may be used no longer."""
+        return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
+
 
 Keys = Mapping[bytes, Key]
 """Keys by the SHA-256 of what the client sends."""
@@ -65,10 +70,19 @@ def needs_operate(view: View) -> View:
     return view
 
 
-def init(app: Flask, settings: Settings) -> None:
+def any_key_will_do() -> bool:
+    """Tell whether the present view asks for a key, and for no more than that."""
+    view = _view()
+    return not getattr(view, "public", False) and not getattr(view, "needs_operate", False)
+
+
+def init(app: Flask, settings: Settings) -> "tuple[KeyRing, limits.Limiter | None]":
     """Let only requests with a key pass, whether or not there is anything at their address; limit them.
 
     `g.key` and `g.key_name` are those of the request from then on.
+
+    Returns:
+        the keys, and what counts their requests, if anything does.
 
     Raises:
         SettingsError: a key or a limit is wrong, or no key is set.
@@ -90,7 +104,7 @@ def init(app: Flask, settings: Settings) -> None:
             g.wrong_key = True
             return
         g.key_name = key.name
-        if key.expires_at and key.expires_at <= datetime.now(UTC):
+        if key.expired:
             g.refusal = "The API key has expired."
             g.wrong_key = True
             return
@@ -107,8 +121,9 @@ def init(app: Flask, settings: Settings) -> None:
 
     app.before_request(identify)
     # In between: a wrong key counts against its address before it is told that it is wrong.
-    limits.init(app, settings)
+    limiter = limits.init(app, settings)
     app.before_request(authorise)
+    return ring, limiter
 
 
 def keys_of(settings: Settings) -> dict[bytes, Key]:
@@ -184,17 +199,20 @@ class KeyRing:
         self._asked_at = float("-inf")
         self._reading: threading.Event | None = None
 
+    def known(self, given: bytes) -> Key | None:
+        """Return the key that a client gave, expired or not, where that is known at once."""
+        return self._known(*self._digest(given))
+
     def find(self, given: bytes) -> Key | None:
         """Return the key that a client gave, expired or not; None if there is no such key.
 
         Raises:
             Unavailable: it is none of the settings', and those of the database could never be read.
         """
-        digest = hashlib.sha256(given).digest()
-        index = self._index(digest)
-        if key := _same(self._own.get(index), digest):
+        digest, index = self._digest(given)
+        if key := self._known(digest, index):
             return key
-        age = float("inf") if self._read_at is None else self._clock() - self._read_at
+        age = self._age()
         if age > READ_AGAIN_S:
             self._read_anew(wait=age > TRUSTED_S)
         key = _same(self._stored.get(index), digest)
@@ -204,6 +222,19 @@ class KeyRing:
         if key is None and self._read_at is None:
             raise Unavailable("the API keys could not be read yet")
         return key
+
+    def _known(self, digest: bytes, index: bytes) -> Key | None:
+        key = _same(self._own.get(index), digest)
+        if key is None and self._age() <= READ_AGAIN_S:
+            key = _same(self._stored.get(index), digest)
+        return key
+
+    def _age(self) -> float:
+        return float("inf") if self._read_at is None else self._clock() - self._read_at
+
+    def _digest(self, given: bytes) -> tuple[bytes, bytes]:
+        digest = hashlib.sha256(given).digest()
+        return digest, self._index(digest)
 
     def _indexed(self, keys: Iterable[tuple[bytes, Key]]) -> dict[bytes, tuple[bytes, Key]]:
         return {self._index(digest): (digest, key) for digest, key in keys}

@@ -9,14 +9,16 @@ import hashlib
 import math
 import threading
 import time
+from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
-from typing import Any
+from typing import Any, Protocol
 
+import flask_limiter
 import redis
 from flask import Flask, Response, g, request
 from flask_limiter import Limit as FlaskLimit
-from flask_limiter import Limiter, RateLimitExceeded, RequestLimit
+from flask_limiter import RateLimitExceeded, RequestLimit
 from flask_limiter._limits import RuntimeLimit
 from limits import RateLimitItemPerMinute
 from limits.storage import RedisStorage
@@ -34,6 +36,9 @@ while; of 32 random bytes nobody guesses one at any rate, but the log and the pr
 TIMEOUT_S = 0.2
 WINDOW_S = 60
 
+WINDOW = "positions.window"
+"""Key of the WSGI environment: the `Window` of a request that is counted already, or why it could not be."""
+
 _SCOPE = "api"
 
 _SCRIPT = """
@@ -50,34 +55,65 @@ for _, step in ipairs({1000, 1}) do
     end
 end
 local held = redis.call('LLEN', times)
-local passed = held + amount <= limit
-if passed and amount > 0 then
-    for _ = 1, amount do
+local passed = math.max(math.min(amount, limit - held), 0)
+if passed > 0 then
+    for _ = 1, passed do
         redis.call('LPUSH', times, now)
     end
     redis.call('PEXPIRE', times, window_us / 1000)
-    held = held + amount
 end
 local oldest = redis.call('LINDEX', times, -1)
-return {passed and 1 or 0, held, oldest and now - oldest or 0}
+return {passed, held + passed, oldest and now - oldest or 0}
 """
 _SHA = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
 
-def init(app: Flask, settings: Settings) -> None:
+class Key(Protocol):
+    """What is limited."""
+
+    @property
+    def name(self) -> str:
+        """Of whom."""
+
+    @property
+    def requests_per_minute(self) -> int:
+        """How many it may make."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How a request stands to its limit."""
+
+    limit: int
+    """Requests a minute."""
+    remaining: int
+    reset_s: int
+    """Until the first of those that count no longer does."""
+    passed: bool
+
+    def headers(self) -> list[tuple[str, str]]:
+        """Return what tells a client of it."""
+        told = [
+            ("RateLimit-Limit", str(self.limit)),
+            ("RateLimit-Remaining", str(self.remaining)),
+            ("RateLimit-Reset", str(self.reset_s)),
+        ]
+        return told if self.passed else [*told, ("Retry-After", str(self.reset_s))]
+
+
+def init(app: Flask, settings: Settings) -> "Limiter | None":
     """Limit the requests of `g.key`, and of addresses with `g.wrong_key`; others are not limited.
 
     Wrong keys are counted for each address, and beyond `WRONG_KEYS_PER_MINUTE` answered with 429 instead of
     401. A right key from the same address is not held back by that: otherwise whoever shares a proxy or a
     host with the risk manager could lock it out by sending rubbish.
+
+    Returns:
+        what counts them; None where limits are switched off.
     """
-    if settings.trusted_proxies:
-        app.wsgi_app = ProxyFix(  # type: ignore[method-assign]
-            app.wsgi_app, x_for=settings.trusted_proxies, x_proto=0, x_host=0
-        )
     if not settings.rate_limit_enabled:
-        return
-    limiter = _Limiter(
+        return None
+    limiter = Limiter(
         _whose,
         storage_uri=f"positions+{settings.redis}",
         # Not counted again after a timeout; whoever waited 0.2 s has waited enough.
@@ -100,18 +136,23 @@ def init(app: Flask, settings: Settings) -> None:
 
     @app.after_request
     def show(response: Response) -> Response:
-        limit = g.get("limit") or limiter.current_limit
-        if limit is not None:
-            remaining, reset_s = _window(limit)
-            headers = response.headers
-            headers["RateLimit-Limit"] = str(limit.limit.amount)
-            headers["RateLimit-Remaining"] = str(remaining)
-            headers["RateLimit-Reset"] = str(reset_s)
-            if limit.breached:
-                headers["Retry-After"] = str(reset_s)
+        window: Window | None = g.get("window")
+        if window is None and (limit := limiter.current_limit):
+            window = _window(limit)
+        if window is not None:
+            response.headers.update(window.headers())
         return response
 
     app.register_error_handler(RateLimitExceeded, _refused)
+    return limiter
+
+
+def behind_proxies(app: Flask, settings: Settings) -> None:
+    """Let an address be the one that our own proxies wrote down."""
+    if settings.trusted_proxies:
+        app.wsgi_app = ProxyFix(  # type: ignore[method-assign]
+            app.wsgi_app, x_for=settings.trusted_proxies, x_proto=0, x_host=0
+        )
 
 
 def _exempt() -> bool:
@@ -119,7 +160,11 @@ def _exempt() -> bool:
 
 
 def _whose() -> str:
-    return f"key:{g.key.name}" if "key" in g else f"address:{network(request.remote_addr)}"
+    return _whose_key(g.key) if "key" in g else f"address:{network(request.remote_addr)}"
+
+
+def _whose_key(key: Key) -> str:
+    return f"key:{key.name}"
 
 
 def _amount() -> int:
@@ -146,14 +191,18 @@ def _is_no_refusal(record: object) -> bool:
     return not str(getattr(record, "msg", "")).startswith("ratelimit ")
 
 
-def _window(limit: RequestLimit) -> tuple[int, int]:
-    """Return how many requests remain, and in how many seconds the first that counts no longer does."""
+def _window(limit: RequestLimit) -> Window:
+    """Return the window of a request that flask-limiter counted itself, in memory."""
     try:
         frees_at, remaining = limit.window
     except redis.RedisError:
-        # Gone since it counted this request.
+        # Back since, and gone again.
         frees_at, remaining = time.time() + WINDOW_S, 0
-    return max(remaining, 0), min(max(math.ceil(frees_at - time.time()), 1), WINDOW_S)
+    return _told(limit.limit.amount, remaining, frees_at - time.time(), passed=not limit.breached)
+
+
+def _told(amount: int, remaining: int, left_s: float, *, passed: bool) -> Window:
+    return Window(amount, max(remaining, 0), min(max(math.ceil(left_s), 1), WINDOW_S), passed)
 
 
 def _refused(_: RateLimitExceeded) -> Response:
@@ -170,7 +219,14 @@ def _per_minute(amount: int) -> RateLimitItemPerMinute:
     return RateLimitItemPerMinute(amount)
 
 
-class _Limiter(Limiter):
+@lru_cache(1000)
+def _name(whose: str, amount: int) -> str:
+    return _per_minute(amount).key_for(whose, _SCOPE)
+
+
+class Limiter(flask_limiter.Limiter):
+    """flask-limiter's, with a short way for as long as Redis answers."""
+
     def _check_request_limit(self, callable_name: str | None = None, in_middleware: bool = True) -> None:
         """Count the request against the one limit it has, the short way while Redis answers.
 
@@ -191,11 +247,37 @@ class _Limiter(Limiter):
     def _count(self) -> None:
         if _exempt():
             return
-        item, names = _per_minute(_amount()), [_whose(), _SCOPE]
-        passed = self.limiter.hit(item, *names)
-        g.limit = RequestLimit(self, item, names, not passed, False)
-        if not passed:
-            raise RateLimitExceeded(RuntimeLimit(item, _whose, None))
+        counted = request.environ.get(WINDOW)
+        if isinstance(counted, redis.RedisError):
+            raise counted
+        if counted is None:
+            [counted] = self._take(_whose(), _amount(), 1)
+        g.window = counted
+        if not g.window.passed:
+            raise RateLimitExceeded(RuntimeLimit(_per_minute(g.window.limit), _whose, None))
+
+    @property
+    def in_redis(self) -> bool:
+        """Whether requests are counted there now."""
+        return not self._storage_dead
+
+    def take(self, key: Key, requests: int) -> list[Window]:
+        """Count some requests of ``key`` in Redis, and return how each stands then.
+
+        Raises:
+            RedisError: it is away, or does not take it.
+        """
+        return self._take(_whose_key(key), key.requests_per_minute, requests)
+
+    def _take(self, whose: str, amount: int, requests: int) -> list[Window]:
+        storage: _OneCall = self._storage  # type: ignore[assignment]
+        passed, held, age_us = storage.hit(_name(whose, amount), amount, WINDOW_S, requests)
+        left_s = WINDOW_S - age_us / 1_000_000
+        # As if each had come by itself.
+        return [
+            _told(amount, amount - held + max(passed - number, 0), left_s, passed=number <= passed)
+            for number in range(1, requests + 1)
+        ]
 
 
 class _OneCall(RedisStorage):
@@ -215,27 +297,29 @@ class _OneCall(RedisStorage):
         self._of_thread = threading.local()
 
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        passed, held, age_us = self._ask(key, limit, expiry, amount)
-        self._of_thread.last = key, (time.time() - age_us / 1_000_000, held)
-        return bool(passed)
+        return self.hit(key, limit, expiry, amount)[0] == amount
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
-        last: tuple[str, tuple[float, int]] | None = getattr(self._of_thread, "last", None)
-        if last and last[0] == key:
-            self._of_thread.last = None
-            return last[1]
-        _, held, age_us = self._ask(key, limit, expiry, 0)
+        _, held, age_us = self.hit(key, limit, expiry, 0)
         return time.time() - age_us / 1_000_000, held
 
     def check(self) -> bool:
         """Tell whether Redis can count: one that answers, but refuses to write, cannot."""
         try:
-            self._ask("check", 1000, 1, 1)
+            self.hit("check", 1000, 1, 1)
         except redis.RedisError:
             return False
         return True
 
-    def _ask(self, key: str, limit: int, expiry: int, amount: int) -> tuple[int, int, int]:
+    def hit(self, key: str, limit: int, expiry: int, amount: int) -> tuple[int, int, int]:
+        """Count ``amount`` requests, or those of them that still fit.
+
+        Returns:
+            how many fitted, how many there are now, and the age of the oldest in microseconds.
+
+        Raises:
+            RedisError: Redis is away, or does not take them.
+        """
         connection = getattr(self._of_thread, "connection", None)
         if connection is None:
             connection = self._of_thread.connection = self.storage.connection_pool.make_connection()

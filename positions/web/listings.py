@@ -47,11 +47,7 @@ def listing(data: Mapping[str, Any], name: str, names: Sequence[str], *, link: s
     response = _csv(names, data[name]) if wants_csv() else jsonify(data)
     if link is not None:
         response.headers["Link"] = link
-    return negotiated(response)
-
-
-def negotiated(response: Response) -> Response:
-    """Return ``response``, saying that another `Accept` may have another answer."""
+    # Another `Accept` may have another answer.
     response.vary.add("Accept")
     return response
 

@@ -30,6 +30,12 @@ class Answer:
     tag: str
     link: str | None = None
     """Header that leads to the next page."""
+    vary: str | None = None
+    """Header that names what of a request it depends on beside the address."""
+    route: str | None = None
+    """The pattern that its address matched, where it may be given again to whoever has a key."""
+    shared: bool = False
+    """Whether all processes share it through the cache."""
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:

@@ -25,7 +25,7 @@ from positions.queries.executions import Place, executions
 from positions.queries.positions import PAGE_MAX, Status, position, positions
 from positions.storage.database import transaction
 from positions.web.answers import kept
-from positions.web.listings import columns, link_to, listing, negotiated, wants_csv
+from positions.web.listings import columns, link_to, listing, wants_csv
 from positions.web.openapi import LISTED, OF_BODY, TAGGED, api
 from positions.web.parameters import (
     Asset,
@@ -154,7 +154,7 @@ def listed(query: Listed) -> Response:
         }
 
     if not wants_csv():
-        return negotiated(kept(make, _link))
+        return kept(make, _link, vary="Accept")
     with transaction(resources().reads) as connection:
         data = make(connection)
     return listing(data, "positions", columns(PositionView), link=_link(data))

@@ -1,17 +1,20 @@
 """The trace id of a request, and the one line that is logged of it."""
 
 import re
+import secrets
 import time
-from uuid import uuid4
+from collections.abc import Mapping
+from typing import Any
 
 import structlog
 from flask import Flask, Response, g, request
-from werkzeug.datastructures import Headers
 
 from positions.web import metrics
 
 log = structlog.get_logger(__name__)
 
+BEGAN = "positions.began"
+"""Key of the WSGI environment: when a request began, by `time.perf_counter`, where that was seen earlier."""
 REFUSED = "positions.refused"
 """Key of the WSGI environment: the error that a request the worker could not read is answered with."""
 
@@ -29,18 +32,18 @@ def init(app: Flask) -> None:
     app.teardown_request(_forget)
 
 
-def trace_id_of(headers: Headers) -> str:
+def trace_id_of(environ: Mapping[str, Any]) -> str:
     """Return the trace id in the headers of a request, where well-formed, or a new one."""
-    given = headers.get("X-Trace-Id", "")
+    given: str = environ.get("HTTP_X_TRACE_ID", "")
     if _TRACE_ID.fullmatch(given):
         return given
-    parent = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
-    return parent[1] if parent else uuid4().hex
+    parent = _TRACEPARENT.fullmatch(environ.get("HTTP_TRACEPARENT", ""))
+    return parent[1] if parent else secrets.token_hex(16)
 
 
 def _begin() -> None:
-    g.began_at = time.perf_counter()
-    g.trace_id = trace_id_of(request.headers)
+    g.began_at = request.environ.get(BEGAN) or time.perf_counter()
+    g.trace_id = trace_id_of(request.environ)
     structlog.contextvars.bind_contextvars(trace_id=g.trace_id)
     if refused := request.environ.get(REFUSED):
         raise refused
@@ -50,19 +53,31 @@ def _end(response: Response) -> Response:
     response.headers["X-Trace-Id"] = g.trace_id
     # The pattern: a path may be anything a client makes up.
     route = request.url_rule.rule if request.url_rule else None
-    seconds = time.perf_counter() - g.began_at
-    metrics.request_served(request.method, route, response.status_code, seconds)
-    log.log(
-        30 if response.status_code >= 500 else 20,
-        "request_served",
+    served(
         method=request.method,
         route=route,
         status=response.status_code,
-        duration_ms=round(seconds * 1000, 3),
+        began_at=g.began_at,
         key_name=g.get("key_name"),
         client=request.remote_addr,
+        trace_id=g.trace_id,
     )
     return response
+
+
+def served(*, method: str, route: str | None, status: int, began_at: float, **fields: str | None) -> None:
+    """Count and log a request that is answered."""
+    seconds = time.perf_counter() - began_at
+    metrics.request_served(method, route, status, seconds)
+    log.log(
+        30 if status >= 500 else 20,
+        "request_served",
+        method=method,
+        route=route,
+        status=status,
+        duration_ms=round(seconds * 1000, 3),
+        **fields,
+    )
 
 
 def _forget(_error: BaseException | None) -> None:

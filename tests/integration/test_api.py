@@ -381,7 +381,7 @@ def test_trace_id_is_taken_over_and_returned(client: FlaskClient) -> None:
 
 def test_each_request_has_one_line_without_secrets(app: Flask) -> None:
     with capture_logs() as lines:
-        _with_key(app).get("/api/v1/positions/BTCUSDT?mode=hedge")
+        answer = _with_key(app).get("/api/v1/positions/BTCUSDT?mode=hedge")
         app.test_client().get("/nothing?secret=hunter2", headers={"X-API-Key": "hunter2"})
     found, refused = [line for line in lines if line["event"] == "request_served"]
     assert found.pop("duration_ms") > 0
@@ -393,6 +393,7 @@ def test_each_request_has_one_line_without_secrets(app: Flask) -> None:
         "status": 404,
         "key_name": "default",
         "client": "127.0.0.1",
+        "trace_id": answer.headers["X-Trace-Id"],
     }
     assert (refused["status"], refused["route"], refused["key_name"]) == (401, None, None)
     assert "hunter2" not in str(lines)

@@ -284,13 +284,13 @@ def test_one_call_a_request(make_app: Make, redis_url: str) -> None:
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The keys that Redis was asked for."""
     keys: list[str] = []
-    ask = limits._OneCall._ask
+    hit = limits._OneCall.hit
 
     def counted(self: limits._OneCall, key: str, *rest: int) -> tuple[int, int, int]:
         keys.append(key)
-        return ask(self, key, *rest)
+        return hit(self, key, *rest)
 
-    monkeypatch.setattr(limits._OneCall, "_ask", counted)
+    monkeypatch.setattr(limits._OneCall, "hit", counted)
     with capture_logs():
         yield keys
 
@@ -431,7 +431,7 @@ def test_gunicorns_processes_share_a_limit(database_url: str, redis_url: str, tm
         database_url, f"amqp://{NOWHERE}//", redis_url, POSITION_MANAGER_RATE_LIMIT_DEFAULT="9"
     )
     with served(tmp_path, settings) as api:
+        assert wait_until(lambda: len(api.workers) == 2, limit_s=30)
         found = Counter(api.get(PATH, {"X-API-Key": KEY})[0] for _ in range(30))
         assert found == {404: 9, 429: 21}
         assert len(api.served(status=429, key_name="default")) == 21
-        assert len(api.workers) == 2

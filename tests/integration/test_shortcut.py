@@ -1,0 +1,354 @@
+"""Answers that are given again without Flask: as they would be with it, to whom they would be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from flask import Flask, Response
+from flask.testing import FlaskClient
+from sqlalchemy import Engine
+from structlog.testing import capture_logs
+from werkzeug.test import TestResponse
+
+from positions.storage import api_keys
+from positions.storage.database import transaction
+from positions.web import BODY_MAX_BYTES, auth, memory
+from positions.web.answers import kept
+from positions.web.auth import needs_operate
+from positions.web.limits import Limiter
+from tests.integration.api import KEY, Make
+from tests.integration.support import apply, execution
+from tests.services import PostgreSQL, Redis, wait_until
+
+PATHS = (
+    "/api/v1/portfolio",
+    "/api/v1/portfolio?include_positions=true",
+    "/api/v1/portfolio/exposure",
+    "/api/v1/portfolio/pnl",
+    "/api/v1/positions",
+    "/api/v1/positions?limit=1",
+    "/api/v1/positions/BTCUSDT",
+    "/api/v1/positions/btcusdt?mode=one-way",
+)
+PATH = PATHS[0]
+POSITION = "/api/v1/positions/BTCUSDT"
+pytestmark = pytest.mark.usefixtures("redis_server")
+
+
+@pytest.fixture(autouse=True)
+def lasting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let answers not grow too old while a test is at it."""
+    monkeypatch.setattr(memory, "KEPT_S", 600.0)
+
+
+class Asked:
+    """A client, and how many of its requests went through Flask."""
+
+    def __init__(self, app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.app = app
+        self.through_flask = 0
+        dispatch = app.full_dispatch_request
+
+        def counted(*given: Any) -> Response:
+            self.through_flask += 1
+            return dispatch(*given)
+
+        monkeypatch.setattr(app, "full_dispatch_request", counted)
+
+    def __call__(self, path: str = PATH, *, key: str | None = KEY, **more: Any) -> TestResponse:
+        headers = more.pop("headers", {}) | ({} if key is None else {"X-API-Key": key})
+        return self.app.test_client().open(path, headers=headers, **more)
+
+    def short(self, path: str = PATH, **more: Any) -> TestResponse:
+        """Ask, which must not go through Flask."""
+        before = self.through_flask
+        response = self(path, **more)
+        assert self.through_flask == before
+        return response
+
+    def long(self, path: str = PATH, **more: Any) -> TestResponse:
+        """Ask, which must go through Flask."""
+        before = self.through_flask
+        response = self(path, **more)
+        assert self.through_flask == before + 1
+        return response
+
+
+@pytest.fixture
+def make(
+    make_app: Make, database_url: str, redis_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Asked]:
+    def made(**more: str) -> Asked:
+        return Asked(make_app(database_url, redis=redis_url, **more), monkeypatch)
+
+    buy(engine, 1)
+    apply(engine, [execution("ETHUSDT", "Buy", "1", "100")])
+    return made
+
+
+def buy(engine: Engine, number: int) -> None:
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100", number=number)])
+
+
+def requests_of(client: FlaskClient) -> dict[str, float]:
+    """Return what is counted of requests and lookups."""
+    lines = client.get("/metrics").text.splitlines()
+    names = ("positions_http_request_duration_seconds_count{", "positions_portfolio_cache_total{")
+    pairs = (line.rsplit(" ", 1) for line in lines if line.startswith(names) and "/metrics" not in line)
+    return {name: float(value) for name, value in pairs}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("known", [False, True], ids=["200", "304"])
+def test_second_answer_is_as_the_first(make: Callable[..., Asked], path: str, known: bool) -> None:
+    ask = make()
+    tag = ask(path).headers["ETag"]
+    headers = {"If-None-Match": tag} if known else {}
+    # As another process would find it.
+    ask.app.extensions["positions"].answers._kept.clear()
+    client = ask.app.test_client()
+    seen = []
+    for way in (ask.long, ask.short):
+        before = requests_of(client)
+        with capture_logs() as lines:
+            response = way(path, headers=headers | {"X-Trace-Id": "t-1"})
+        [line] = [each for each in lines if each["event"] == "request_served"]
+        assert line.pop("duration_ms") >= 0
+        counted = {name: value - before.get(name, 0) for name, value in requests_of(client).items()}
+        told = response.headers.to_wsgi_list()
+        assert len(dict(told)) == len(told)
+        remaining = int(response.headers.pop("RateLimit-Remaining"))
+        assert 1 <= int(response.headers.pop("RateLimit-Reset")) <= 60
+        changed = {name: value for name, value in counted.items() if value}
+        seen.append((response.status, dict(response.headers), response.data, line, changed, remaining))
+    *long, remaining = seen[0]
+    *short, remaining_then = seen[1]
+    assert short == long
+    assert long[0] == ("304 NOT MODIFIED" if known else "200 OK")
+    assert remaining_then == remaining - 1
+    assert long[1]["X-Trace-Id"] == "t-1"
+
+
+def test_who_prefers_csv_gets_it(make: Callable[..., Asked]) -> None:
+    ask = make()
+    listed = "/api/v1/positions"
+    ask(listed)
+    assert ask.short(listed, headers={"Accept": "application/json"}).is_json
+    assert ask.short(listed, headers={"Accept": "*/*"}).is_json
+    for prefers in ("text/csv", "text/csv, */*;q=0.1"):
+        assert ask.long(listed, headers={"Accept": prefers}).mimetype == "text/csv"
+
+
+def test_a_change_is_in_the_next_answer_and_the_request_counts_once(
+    make: Callable[..., Asked], engine: Engine
+) -> None:
+    ask = make()
+    ask(POSITION)
+    for number in range(2, 8):
+        before = int(ask.short(POSITION).headers["RateLimit-Remaining"])
+        buy(engine, number)
+        response = ask.long(POSITION)
+        assert response.get_json()["size"] == str(number)
+        assert int(response.headers["RateLimit-Remaining"]) == before - 1
+
+
+@pytest.mark.parametrize(
+    ("status", "more"),
+    [
+        (401, {"key": None}),
+        (401, {"key": "wrong"}),
+        (401, {"key": KEY.upper()}),
+        (401, {"key": ""}),
+        (400, {"path": f"{PATH}?unknown=1"}),
+        (405, {"method": "POST"}),
+        (411, {"headers": {"Transfer-Encoding": "chunked"}}),
+        (413, {"data": b"x" * (BODY_MAX_BYTES + 1)}),
+        (200, {"method": "HEAD"}),
+        (200, {"method": "OPTIONS"}),
+    ],
+)
+def test_what_is_not_plain_is_judged_as_ever(
+    make: Callable[..., Asked], status: int, more: dict[str, Any]
+) -> None:
+    ask = make()
+    ask()
+    ask.short()
+    response = ask.long(**more)
+    assert response.status_code == status
+    if status != 200:
+        assert response.content_type == "application/problem+json"
+
+
+def test_key_that_expires_or_is_revoked_gets_no_more_answers(
+    make: Callable[..., Asked], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "READ_AGAIN_S", 0.2)
+    monkeypatch.setattr(auth, "TRUSTED_S", 0.2)
+    monkeypatch.setattr(auth, "PAUSE_S", 0)
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("lasting", "ending")}
+    with transaction(engine) as connection:
+        api_keys.create(
+            connection,
+            name="lasting",
+            digest=digests["lasting"],
+            role="read",
+            requests_per_minute=None,
+            expires_at=None,
+        )
+    soon = datetime.now(UTC) + timedelta(seconds=5)
+    ending = {"name": "ending", "hash": digests["ending"], "role": "read", "expires": soon.isoformat()}
+    ask = make(POSITION_MANAGER_RATE_LIMIT_DEFAULT="1000000", POSITION_MANAGER_API_KEYS=json.dumps([ending]))
+    for name in ("lasting", "ending"):
+        assert wait_until(lambda name=name: ask(key=name).status_code == 200, limit_s=4)  # type: ignore[misc]
+    assert ask.short(key="ending").status_code == 200
+    assert wait_until(lambda: ask(key="ending").status_code == 401, limit_s=20)
+    with transaction(engine) as connection:
+        api_keys.revoke(connection, "lasting", now=datetime.now(UTC))
+    assert wait_until(lambda: ask(key="lasting").status_code == 401, limit_s=20)
+    assert ask.short().status_code == 200
+
+
+def test_view_that_asks_for_more_than_a_key_is_always_asked(make: Callable[..., Asked]) -> None:
+    reader = {"name": "reader", "hash": hashlib.sha256(b"reader").hexdigest(), "role": "read"}
+    ask = make(POSITION_MANAGER_API_KEYS=json.dumps([reader]))
+    view = needs_operate(lambda: kept(lambda _: {"secret": "1"}))
+    ask.app.add_url_rule("/secret", "secret", view)
+    for _ in range(2):
+        assert ask.long("/secret").get_json() == {"secret": "1"}
+        assert ask.long("/secret", key="reader").status_code == 403
+    # The same key gets what any key gets.
+    ask()
+    assert ask.short(key="reader").status_code == 200
+
+
+def test_beyond_the_limit_it_is_refused_as_ever(make: Callable[..., Asked]) -> None:
+    ask = make(POSITION_MANAGER_RATE_LIMIT_DEFAULT="3")
+    assert [way().headers["RateLimit-Remaining"] for way in (ask.long, ask.short, ask.short)] == list("210")
+    for _ in range(2):
+        with capture_logs() as lines:
+            response = ask.long()
+        assert (response.status_code, response.get_json()["error_code"]) == (429, "rate_limited")
+        assert response.headers["RateLimit-Remaining"] == "0"
+        assert 1 <= int(response.headers["Retry-After"]) <= 60
+        [line] = [each for each in lines if each["event"] == "request_served"]
+        assert (line["status"], line["key_name"]) == (429, "default")
+
+
+def test_limits_are_exact_however_many_are_counted_together(
+    make: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each_asks, clients, limits = 10, 8, {"small": 25, "large": 55, "ample": 1000}
+    entries = [
+        {"name": name, "hash": hashlib.sha256(name.encode()).hexdigest(), "tier": tier}
+        for name, tier in limits.items()
+    ]
+    ask = make(POSITION_MANAGER_API_KEYS=json.dumps(entries))
+    ask()
+    together: list[int] = []
+    take = Limiter.take
+
+    def counted(self: Limiter, key: Any, requests: int) -> Any:
+        together.append(requests)
+        return take(self, key, requests)
+
+    monkeypatch.setattr(Limiter, "take", counted)
+    found: dict[str, list[tuple[int, str]]] = {name: [] for name in limits}
+    begin = threading.Barrier(clients * len(limits))
+
+    def run(name: str) -> None:
+        begin.wait()
+        for _ in range(each_asks):
+            response = ask(key=name)
+            found[name].append((response.status_code, response.headers["RateLimit-Remaining"]))
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in limits for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    total = each_asks * clients
+    for name, limit in limits.items():
+        passed = min(limit, total)
+        assert Counter(status for status, _ in found[name]) == Counter({200: passed, 429: total - passed})
+        # Each as if it had come by itself.
+        remaining = sorted(int(left) for status, left in found[name] if status == 200)
+        assert remaining == list(range(limit - passed, limit))
+        assert {left for status, left in found[name] if status == 429} <= {"0"}
+    assert sum(together) == total * len(limits)
+    assert max(together) > 1
+
+
+def test_without_redis_it_counts_in_memory_and_answers(
+    make: Callable[..., Asked], redis_server: Redis
+) -> None:
+    ask = make(POSITION_MANAGER_RATE_LIMIT_DEFAULT="20")
+    ask()
+    ask.short()
+    redis_server.kill()
+    try:
+        with capture_logs():
+            found = Counter(ask.long().status_code for _ in range(25))
+        assert found == {200: 20, 429: 5}
+    finally:
+        redis_server.start()
+
+
+def test_without_postgresql_it_says_so_and_counts(
+    make: Callable[..., Asked], postgres: PostgreSQL, engine: Engine
+) -> None:
+    ask = make()
+    before = int(ask().headers["RateLimit-Remaining"])
+    postgres.kill()
+    try:
+        with capture_logs() as lines:
+            response = ask.long()
+    finally:
+        postgres.start()
+    assert (response.status_code, response.get_json()["error_code"]) == (503, "unavailable")
+    assert int(response.headers["Retry-After"]) > 0
+    assert int(response.headers["RateLimit-Remaining"]) == before - 1
+    [line] = [each for each in lines if each["event"] == "request_served"]
+    assert (line["status"], line["key_name"]) == (503, "default")
+    engine.dispose()
+    assert wait_until(lambda: ask().status_code == 200, limit_s=30)
+    assert ask.short().status_code == 200
+
+
+def test_what_ends_unforeseen_holds_up_nobody_else(
+    make: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = make()
+    ask()
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def interrupted(*_: object) -> None:
+        waiting.set()
+        assert go_on.wait(60)
+        raise KeyboardInterrupt
+
+    statuses: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Limiter, "take", interrupted)
+
+        def first() -> None:
+            with pytest.raises(KeyboardInterrupt):
+                ask()
+
+        threads = [threading.Thread(target=first)]
+        threads[0].start()
+        assert waiting.wait(60)
+    threads += [threading.Thread(target=lambda: statuses.append(ask().status_code)) for _ in range(4)]
+    for thread in threads[1:]:
+        thread.start()
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert statuses == [200] * 4

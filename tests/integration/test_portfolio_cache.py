@@ -668,11 +668,13 @@ def test_requests_share_the_next_reading_and_never_one_under_way(
 
 def test_lost_connection_is_not_noticed(engine: Engine, versions: Versions) -> None:
     ended: set[int] = set()
+    seen: dict[int, int] = {}
 
     def end_it() -> bool:
-        cursor = versions._cursor
+        begun, cursor = versions._begun, versions._cursor
         pid = cursor and cursor.connection.info.backend_pid
-        if pid and pid not in ended:
+        # Only one that a version was read on: who loses the new connection too is told so.
+        if pid and pid not in ended and begun > seen.setdefault(pid, begun):
             with engine.begin() as connection:
                 connection.exec_driver_sql("SELECT pg_terminate_backend(%(pid)s)", {"pid": pid})
             ended.add(pid)
@@ -680,7 +682,11 @@ def test_lost_connection_is_not_noticed(engine: Engine, versions: Versions) -> N
 
     stress(engine, versions, readers=6, until=end_it)
     # Neither is one that is lost while nobody asks.
+    versions()
     end_it()
+    versions()
+    end_it()
+    assert len(ended) == 21
     assert versions() == versions()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,6 +25,8 @@ Figures = dict[str, float]
 def port() -> Iterator[int]:
     with closing(Port()) as reserved:
         yield reserved.number
+    # Of a worker that was killed.
+    shutil.rmtree(metrics.folder_for(reserved.number), ignore_errors=True)
 
 
 def scrape(port: int) -> Figures:

@@ -159,7 +159,8 @@ def quarantine_show(id_: int) -> None:
 @quarantine.command("replay")
 @click.argument("ids", metavar="[ID]...", type=int, nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All that were not replayed yet.")
-def quarantine_replay(*, ids: tuple[int, ...], everything: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line: what became of each.")
+def quarantine_replay(*, ids: tuple[int, ...], everything: bool, as_json: bool) -> None:
     """Apply messages again, each in a transaction of its own; exit with 1 if one is refused again."""
     from sqlalchemy.exc import DataError
 
@@ -191,11 +192,17 @@ def quarantine_replay(*, ids: tuple[int, ...], everything: bool) -> None:
         except Unavailable:
             raise
         except (PositionsError, DataError) as error:
-            failed = True
-            click.echo(f"{id_}: refused: {str(error).splitlines()[0]}", err=True)
+            failed, reason = True, str(error).splitlines()[0]
+            if as_json:
+                _json_line({"id": id_, "refused": reason})
+            else:
+                click.echo(f"{id_}: refused: {reason}", err=True)
         else:
-            counts = ", ".join(f"{count} {name}" for name, count in outcome.counts.items() if count)
-            click.echo(f"{id_}: {counts}")
+            counts = {name: count for name, count in outcome.counts.items() if count}
+            if as_json:
+                _json_line({"id": id_, **counts})
+            else:
+                click.echo(f"{id_}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     sys.exit(1 if failed else 0)
 
 

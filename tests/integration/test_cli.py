@@ -226,3 +226,14 @@ def test_validate_tells_what_differs_and_corrects_only_when_told_to(engine: Engi
     assert run("validate", "--asset", "NONE").exit_code == 1
     with validations.alone(engine):
         assert "another validation is at work" in run("validate").output
+
+
+def test_what_became_of_each_replayed_message_is_told_to_programs(engine: Engine, run: Any) -> None:
+    refuse(engine, execution("BTCUSDT", "Buy", "1", "100"))
+    refuse(engine, execution("BTCUSDT", "Buy", "1", "NaN"))
+    done = run("quarantine", "replay", "--all", "--json")
+    assert done.exit_code == 1
+    first, second = sorted(map(json.loads, done.stdout.splitlines()), key=lambda row: int(row["id"]))
+    assert first.keys() == {"id", "applied"}
+    assert first["applied"] == 1
+    assert second.keys() == {"id", "refused"}

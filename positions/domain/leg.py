@@ -31,6 +31,8 @@ class Fill:
     """abs(quantity) x price: kept as such, since an order report implies a notional, not a price."""
     fee: Decimal
     funding: Decimal
+    implied: bool = False
+    """Told by an order report: an execution of the order takes its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ class Leg:
     closed_at: datetime | None = None
     traded_at: datetime | None = None
     """Time of the last trade folded."""
+    certain_at: datetime | None = None
+    """Time of the last one that nothing takes back: of an execution."""
     touched_at: datetime | None = None
     """Time of the last entry folded, funding included."""
 
@@ -70,6 +74,7 @@ class Leg:
             fees=self.fees + fill.fee,
             funding=self.funding + fill.funding,
             traded_at=fill.order.at if fill.quantity else self.traded_at,
+            certain_at=fill.order.at if fill.quantity and not fill.implied else self.certain_at,
             touched_at=fill.order.at,
         )
         size, quantity, at = self.size, fill.quantity, fill.order.at

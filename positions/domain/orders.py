@@ -96,5 +96,6 @@ def _implied(reports: list[Entry], executions: list[Fill]) -> Iterable[Fill]:
             notional=total - notional,
             fee=paid - fee,
             funding=ZERO,
+            implied=True,
         )
         quantity, notional, fee = cumulative, total, paid

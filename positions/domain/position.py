@@ -407,9 +407,10 @@ def _with_size(held: Held, fold: Leg, report: Report, before: Leg, policy: Polic
     if not report.sided and fold.size < 0:
         size = -size
     if traded:
-        newer = fold.traded_at is None or report.at - fold.traded_at > policy.tolerance
-        able = policy.take_size and newer and report.time_source is TimeSource.EVENT
-        if not able and report.id not in held.refused:
+        may = policy.take_size and report.time_source is TimeSource.EVENT
+        able = may and _newer(report, fold.traded_at, policy)
+        # What only an implied fill stands in the way of may yet be able: an execution may take its place.
+        if not (may and _newer(report, fold.certain_at, policy)) and report.id not in held.refused:
             held = replace(held, refused=(*held.refused, report.id))
         if abs(size - held.leg.size) <= policy.size_threshold:
             return replace(held, disputed=None, disputed_size=ZERO)
@@ -435,6 +436,10 @@ def _with_size(held: Held, fold: Leg, report: Report, before: Leg, policy: Polic
     )
     taken = Takeover(report.id, report.at, size, average, held.leg.size)
     return replace(held, leg=leg, takeover=taken, disputed=None, disputed_size=ZERO, averaged=False)
+
+
+def _newer(report: Report, fill_at: datetime | None, policy: Policy) -> bool:
+    return fill_at is None or report.at - fill_at > policy.tolerance
 
 
 def _reported_average(report: Report, size: Decimal, fold: Leg) -> Decimal | None:

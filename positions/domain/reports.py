@@ -52,7 +52,7 @@ def deciding(
 
     Beside the winners of each field stay the report ``in_effect`` (by id), whose size was taken over, and the
     `SIZED_KEPT` newest of a size: one of them decides where a newer one turns out to be no newer than a fill.
-    Those ``refused`` for that are not counted: fills are never taken away, so they will not decide any more.
+    Those ``refused`` for an execution are not counted: it is never taken away, so they will never decide.
     """
     groups = [
         [report for report in reports if report.seq is not None],

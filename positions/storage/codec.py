@@ -92,12 +92,19 @@ def _to_time(text: str) -> datetime:
 def _leg(leg: Leg) -> dict[str, str]:
     data = {name: plain(amount) for name in _LEG_AMOUNTS if (amount := getattr(leg, name))}
     data.update((name, _time(at)) for name in _LEG_TIMES if (at := getattr(leg, name)))
+    # Nearly always the time of the last trade: said only where it is not.
+    if leg.certain_at != leg.traded_at:
+        data["certain_at"] = _time(leg.certain_at) if leg.certain_at else ""
     return data
 
 
 def _to_leg(data: dict[str, str]) -> Leg:
     values: dict[str, Any] = {name: Decimal(data[name]) for name in _LEG_AMOUNTS if name in data}
     values.update((name, _to_time(data[name])) for name in _LEG_TIMES if name in data)
+    certain = data.get("certain_at")
+    values["certain_at"] = (
+        values.get("traded_at") if certain is None else _to_time(certain) if certain else None
+    )
     return Leg(**values)
 
 

@@ -226,6 +226,29 @@ def test_folding_on_from_a_point_changes_nothing(history: History, every: int) -
         assert_converges(history)
 
 
+def test_a_report_as_old_as_an_implied_fill_counts_again_when_an_execution_takes_its_place() -> None:
+    key = KEYS[Mode.ONE_WAY]
+
+    def entry(key_: str, kind: Kind, second: int, quantity: int) -> Entry:
+        made = replace(_late(key_), kind=kind, quantity=Decimal(quantity), order_id="mixed")
+        return replace(made, executed_at=START + timedelta(seconds=second))
+
+    def report(id_: str, second: int, size: str) -> Report:
+        at = START + timedelta(seconds=second)
+        return Report(
+            id=id_, position=key, leg=LegName.NET, at=at, time_source=TimeSource.EVENT, size=Decimal(size)
+        )
+
+    first = entry("exec:1", Kind.TRADE, 0, 1)
+    implying = entry("order:mixed:2", Kind.ORDER_REPORT, 6, 2)
+    replacing = entry("exec:2", Kind.TRADE, 0, 1)
+    # The second is within the threshold of the first, which stays in effect where it is known.
+    reports: list[Entry | Report] = [report("report-1", 6, "5"), report("report-2", 7, "5.00005")]
+    events = [first, implying, *reports, replacing]
+    assert_converges((key, events, [[first, implying, *reports], [replacing]]))
+    assert_converges((key, events, [[first, replacing], [implying], reports]))
+
+
 def test_a_late_fill_is_folded_from_the_last_point_before_it() -> None:
     key = KEYS[Mode.ONE_WAY]
     entries = [

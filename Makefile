@@ -3,6 +3,7 @@
 help:
 	@echo 'make run     the whole service, with its own PostgreSQL and Valkey unless you name others'
 	@echo 'make test    every test (ARGS="tests/unit -k fold" for some)'
+	@echo 'make bench   how fast it is (ARGS="intake floors --runs 1" for some parts)'
 	@echo 'make check   what a reviewer would run: lint, format, types, import contracts, unit tests'
 	@echo 'make chaos   the service under faults for five minutes, and a report (SEED=2 ARGS=--control)'
 	@echo 'make docs    docs/reference anew, where it is made from the code'
@@ -16,6 +17,10 @@ run:
 test:
 	@tools/setup.sh dev
 	.venv/bin/pytest $(ARGS)
+
+bench:
+	@tools/setup.sh dev
+	.venv/bin/python -m benchmarks $(ARGS)
 
 check:
 	@tools/setup.sh dev

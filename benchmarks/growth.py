@@ -1,0 +1,118 @@
+"""What an event, a read and the portfolio cost as positions and ledger grow, in processor time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+from sqlalchemy import Engine
+
+from benchmarks.floors import BATCH, batches
+from benchmarks.load import report
+from benchmarks.machine import Machine, used_s
+from positions.domain.events import Mode, PositionKey
+from positions.handlers.apply_events import apply_events
+from positions.messages.inbound import Delivery, decode
+from positions.messages.outbound import PortfolioView, portfolio_object
+from positions.queries import positions as queries
+from positions.storage import portfolio
+from positions.storage.database import connect, transaction
+from tests.integration.support import EXECUTION_QUEUE, POSITION_QUEUE, RULES, execution
+
+_LEDGER = """
+    INSERT INTO ledger (position_id, key, kind, leg, quantity, price, fee, executed_at, time_source, order_id,
+        exec_type, trace_id)
+    SELECT p.id, 'exec:old-' || n, 'trade', 'net', 0.5 * (1 - 2 * (n %% 2)), 100, 0.01,
+        timestamptz '2024-01-01' + n * interval '0.1 s', 'event', 'order-old-' || n, 'Trade', 'trace-' || n
+    FROM generate_series(%(first)s::bigint, %(last)s::bigint) n
+    JOIN (SELECT id, row_number() OVER (ORDER BY asset) - 1 AS place FROM positions LIMIT 500) p
+        ON p.place = n %% 500
+"""
+STALE = timedelta(seconds=300)
+
+
+def _cost(machine: Machine, work: Callable[[], object], times: int) -> tuple[float, float]:
+    """Return processor time (Python and PostgreSQL) and time of one call, in ms; the first is not counted."""
+    work()
+    python, postgres, started = time.process_time(), used_s(machine.postgres.pid), time.perf_counter()
+    for _ in range(times):
+        work()
+    used = time.process_time() - python + used_s(machine.postgres.pid) - postgres
+    return used / times * 1000, (time.perf_counter() - started) / times * 1000
+
+
+def _applied(engine: Engine, messages: list[Delivery]) -> None:
+    decoded = [each for one in messages for each in decode(one, max_bytes=100_000).events]
+    with transaction(engine) as connection:
+        apply_events(connection, decoded, [], rules=RULES, now=datetime.now(UTC))
+
+
+def measured(
+    machine: Machine, *, positions: int, ledger_rows: int = 0, events: int = 20_000
+) -> dict[str, float]:
+    """Return the costs with so many positions, of which 500 are traded, and so many older ledger rows."""
+    with machine.place() as place:
+        engine = connect(place.database)
+        # None is a new one later.
+        for batch in _opening(positions):
+            _applied(engine, batch)
+        with engine.begin() as connection:
+            for begin in range(1, ledger_rows + 1, 1_000_000):
+                last = min(ledger_rows, begin + 999_999)
+                connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+                connection.exec_driver_sql(_LEDGER, {"first": begin, "last": last})
+        with engine.connect() as connection:
+            connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(
+                "SET statement_timeout = 0; ANALYZE"
+            )
+        for batch in batches("executions", 4000, 500, first=positions):
+            _applied(engine, batch)
+        rest = iter(batches("executions", events, 500, first=positions + 4000))
+        cpu_ms, _ = _cost(machine, lambda: _applied(engine, next(rest)), events // BATCH - 1)
+        now = datetime.now(UTC)
+
+        def single() -> None:
+            with transaction(engine) as connection:
+                queries.position(connection, PositionKey("A7USDT", Mode.ONE_WAY), now=now, stale_after=STALE)
+
+        def page() -> None:
+            with transaction(engine) as connection:
+                queries.positions(connection, now=now, stale_after=STALE, limit=100)
+
+        def whole() -> None:
+            with transaction(engine) as connection:
+                sums = portfolio.sums_by_asset(connection, stale_before=now - STALE)
+            portfolio_object(PortfolioView.of(sums, max_exposure=Decimal(1), now=now))
+
+        single_ms, _ = _cost(machine, single, 50)
+        page_ms, _ = _cost(machine, page, 20)
+        _, whole_ms = _cost(machine, whole, 5)
+        engine.dispose()
+    return {
+        "event us": cpu_ms * 1000 / BATCH,
+        "single read ms": single_ms,
+        "page of 100 ms": page_ms,
+        "portfolio ms": whole_ms,
+    }
+
+
+def _opening(positions: int) -> Iterator[list[Delivery]]:
+    """Yield batches that open every position, with a price."""
+    at = datetime(2025, 1, 15, 9, tzinfo=UTC)
+    batch: list[Delivery] = []
+    for number in range(positions):
+        asset = f"A{number}USDT"
+        fill = execution(asset, "Buy", "1", "100", number=number, executed_at=at.isoformat())
+        mark = report(asset, Decimal(1), 101.5, at + timedelta(seconds=1), number=number)
+        batch += [
+            Delivery(queue, json.dumps(message).encode(), {}, {}, at)
+            for queue, message in ((EXECUTION_QUEUE, fill), (POSITION_QUEUE, mark))
+        ]
+        if len(batch) >= BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,94 @@
+"""From publishing an execution until the API shows it, while others come at a steady rate."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from http.client import HTTPConnection
+from pathlib import Path
+
+import amqp
+
+from benchmarks import load
+from benchmarks.intake import await_empty
+from benchmarks.machine import Machine
+from tests.integration.api import KEY, served
+from tests.integration.processes import worker
+from tests.integration.support import EXECUTION_QUEUE, channel_of, execution
+
+PROBE = "PROBEUSDT"
+TICK_S = 0.01
+
+
+def _paced(url: str, rate: float, seconds: float, assets: int, first: int) -> None:
+    """Publish ``rate`` executions a second, evenly."""
+    number = int(rate * seconds)
+    bodies = [
+        json.dumps(message).encode()
+        for _, message in load.messages("executions", number, assets, first=first)
+    ]
+    with closing(channel_of(url)) as connection, closing(connection.channel()) as channel:
+        started, done = time.perf_counter(), 0
+        while done < number:
+            due = min(number, int((time.perf_counter() - started) * rate))
+            for body in bodies[done:due]:
+                channel.basic_publish(amqp.Message(body, delivery_mode=2), routing_key=EXECUTION_QUEUE)
+            done = max(done, due)
+            time.sleep(TICK_S)
+
+
+def _shown(http: HTTPConnection) -> int:
+    http.request("GET", f"/api/v1/positions/{PROBE}", headers={"X-API-Key": KEY})
+    answer = http.getresponse()
+    body = answer.read()
+    return int(json.loads(body)["size"]) if answer.status == 200 else 0
+
+
+def _percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+def measured(machine: Machine, *, rate: float, probes: int, assets: int) -> dict[str, float]:
+    """Return how long probes took to be seen, in ms, with ``rate`` other executions a second."""
+    with (
+        machine.place(rate_limit_default="1000000") as place,
+        tempfile.TemporaryDirectory() as folder,
+        worker(place.env, Path(folder)),
+        served(Path(folder), place.env) as api,
+        closing(HTTPConnection("127.0.0.1", api.port)) as http,
+        closing(channel_of(place.broker)) as connection,
+        closing(connection.channel()) as channel,
+    ):
+        warm = 2 * assets
+        load.published(place.broker, load.messages("executions", warm, assets))
+        await_empty(machine, place)
+        seconds = probes * 0.12 + 3
+        busy = multiprocessing.get_context("spawn").Process(
+            target=_paced, args=(place.broker, rate, seconds, assets, warm)
+        )
+        busy.start()
+        time.sleep(2)
+        waits = []
+        for number in range(1, probes + 1):
+            message = execution(PROBE, "Buy", "1", "100", number=number)
+            started = time.perf_counter()
+            channel.basic_publish(
+                amqp.Message(json.dumps(message).encode(), delivery_mode=2), routing_key=EXECUTION_QUEUE
+            )
+            while _shown(http) < number:
+                if time.perf_counter() - started > 60:
+                    raise SystemExit(f"probe {number} was not seen in a minute")
+                time.sleep(0.002)
+            waits.append((time.perf_counter() - started) * 1000)
+            time.sleep(max(0.0, 0.1 - waits[-1] / 1000))
+        busy.join()
+    return {
+        "other events/s": rate,
+        "p50 ms": _percentile(waits, 0.5),
+        "p99 ms": _percentile(waits, 0.99),
+        "max ms": max(waits),
+    }

@@ -68,7 +68,8 @@ def positions(
         after: the page begins behind this key.
     """
     limit = min(limit, PAGE_MAX)
-    statement = _POSITIONS.order_by(_key).limit(limit + 1)
+    # By the columns and not by the pair of them, which no index serves.
+    statement = _POSITIONS.order_by(_columns.asset, _columns.mode).limit(limit + 1)
     if asset is not None:
         statement = statement.where(_columns.asset == asset)
     if mode is not None:

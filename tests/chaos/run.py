@@ -18,6 +18,7 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
+from beat_schedule import TASK_QUEUE
 from positions.storage import migrate, tables
 from positions.storage.database import connect
 from tests.chaos.market import Market, Message, make
@@ -93,7 +94,8 @@ class _Supervised:
 
     def __init__(self, env: dict[str, str], folder: Path, app: str) -> None:
         def worker(name: str) -> list[str]:
-            return ["celery", "-A", app, "worker", "-n", f"{name}@chaos", "--without-mingle"]
+            # No jobs, which ask other hosts.
+            return ["celery", "-A", app, "worker", "-n", f"{name}@chaos", "-Q", TASK_QUEUE]
 
         beat = ["celery", "-A", app, "beat", "-s", str(folder / "schedule")]
         commands = {

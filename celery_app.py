@@ -20,7 +20,7 @@ from positions.settings import load
 from positions.storage.broker import transport_options
 from positions.tasks import gateway, resources
 from positions.tasks.alive import Alive
-from positions.tasks.intake import Drain, Intake, guard_properties
+from positions.tasks.intake import Drain, Intake, drain_before_the_pool, guard_properties
 from positions.tasks.measured import measure
 
 settings = load()
@@ -87,6 +87,7 @@ gc.freeze()
 app.steps["consumer"].add(Intake)
 app.steps["worker"].add(Drain)
 app.steps["worker"].add(Alive)
+drain_before_the_pool()
 guard_properties()
 measure(settings)
 

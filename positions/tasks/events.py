@@ -70,9 +70,11 @@ def apply_batch(
     queues = {digest_of(message.queue, message.body): message.queue for message in messages}
 
     def done() -> None:
-        # Where the database is away they stay suspected, which costs them time only.
-        with suppress(Unavailable), transaction(own.engine) as connection:
-            attempts.done(connection, list(queues), now=datetime.now(UTC))
+        in_transaction(
+            own.engine,
+            lambda connection: attempts.done(connection, list(queues), now=datetime.now(UTC)),
+            retry=own.retry,
+        )
 
     # Tried once: with the tries of what follows it must end before the soft limit.
     with transaction(own.engine) as connection:
@@ -88,8 +90,11 @@ def apply_batch(
     try:
         result = _apply_batch(messages, park=park)
     except (ConcurrencyConflict, Unavailable):
-        done()  # no fault of theirs
+        # No fault of theirs. Where the database is away they stay suspected, which costs them time only.
+        with suppress(Unavailable):
+            done()
         raise
+    # Before they are acknowledged: nobody would come back to forget them.
     done()
     return result
 

@@ -40,6 +40,7 @@ from celery import bootsteps
 from celery.concurrency.solo import TaskPool as Solo
 from celery.exceptions import TimeLimitExceeded
 from celery.worker import state
+from celery.worker.components import Pool
 from celery.worker.request import Request
 from kombu.utils.uuid import uuid
 
@@ -514,6 +515,15 @@ class Drain(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no type
     def close(self, w: Any) -> None:
         if not state.should_terminate and (intake := getattr(w.consumer, "intake", None)):
             intake.drain()
+
+
+def drain_before_the_pool() -> None:
+    """Let :class:`Drain` be closed before the pool.
+
+    Celery closes steps that do not depend on each other in any order, and a pool that is closed drops the
+    batch that waits for one of its processes without a word.
+    """
+    Pool.requires = (*Pool.requires, Drain)
 
 
 def _reason(failure: BaseException | None) -> str:

@@ -11,8 +11,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from celery import Celery
 from sqlalchemy import Engine, text
 
+from beat_schedule import TASK_QUEUE
 from positions.storage.tables import attempts, ledger, outbox, quarantine
 from tests.integration.api import Make
 from tests.integration.processes import Process, environment, relay, worker
@@ -196,6 +198,25 @@ def test_a_backlog_is_worked_off_while_more_arrives(
         assert running.terminate() == 0
     assert outcomes(running, "duplicate") == 0
     assert_all_is_applied(engine, queues, 13_000)
+
+
+def test_a_clean_stop_waits_for_a_batch_that_waits_for_a_process(
+    engine: Engine, queues: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = ("-c", "1", "-Q", TASK_QUEUE)
+    with worker(env, tmp_path, *arguments, app="tests.integration.slow_app") as running:
+        Celery(broker=queues).send_task("tests.hold", args=[6], queue=TASK_QUEUE)
+        running.await_log("held")
+        publish_executions(queues, 50)
+        assert wait_until(lambda: waiting(queues, EXECUTION_QUEUE) == 0, limit_s=5)
+        assert running.terminate() == 0
+        (drained,) = [line for line in running.log.read_text().splitlines() if "intake_drained" in line]
+    found = json.loads(drained)
+    assert found["batches"] >= 1
+    assert found["left"] == 0
+    # What it did not begin went back.
+    assert waiting(queues, EXECUTION_QUEUE) == 50 - count(engine, ledger)
+    assert outcomes(running, "applied") == count(engine, ledger) > 0
 
 
 def test_a_rolling_restart_under_load_loses_and_doubles_nothing(

@@ -124,15 +124,15 @@ class _Supervised:
                     self.groups.append(process.pid)
                     self.restarts[name] += 1
 
-    def stop(self) -> None:
-        """End all as an operator does, with what is in hand finished."""
+    def stop(self, published: Callable[[], bool]) -> None:
+        """End all as an operator does: what is in hand is finished, and what it wrote is ``published``."""
         self._stopping.set()
         self._thread.join()
-        for process in self.processes.values():
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGTERM)
-        for process in self.processes.values():
-            process.terminate(limit_s=90)
+        for name in ("beat", "worker 1", "worker 2"):
+            self.processes[name].terminate(limit_s=90)
+        wait_until(published, limit_s=60)
+        for name in ("relay 1", "relay 2"):
+            self.processes[name].terminate(limit_s=30)
 
     def kill(self) -> None:
         self._stopping.set()
@@ -473,7 +473,7 @@ class Run:
 
     def _judge(self) -> None:
         result = self.result
-        self.service.stop()
+        self.service.stop(lambda: self._counts()[1] == 0)
         result.restarts = dict(self.service.restarts)
         result.republished = self.publishers.republished
         result.swallowed = self.to_postgres.swallowed

@@ -205,10 +205,18 @@ def test_a_clean_stop_waits_for_a_batch_that_waits_for_a_process(
 ) -> None:
     arguments = ("-c", "1", "-Q", TASK_QUEUE)
     with worker(env, tmp_path, *arguments, app="tests.integration.slow_app") as running:
-        Celery(broker=queues).send_task("tests.hold", args=[6], queue=TASK_QUEUE)
+        app = Celery(broker=queues)
+        app.send_task("tests.hold", args=[12], queue=TASK_QUEUE)
         running.await_log("held")
         publish_executions(queues, 50)
-        assert wait_until(lambda: waiting(queues, EXECUTION_QUEUE) == 0, limit_s=5)
+
+        def handed_over() -> bool:
+            reserved = app.control.inspect(timeout=1).reserved() or {}
+            return any(
+                each["name"] == "positions.apply_events" for those in reserved.values() for each in those
+            )
+
+        assert wait_until(handed_over, limit_s=11)
         assert running.terminate() == 0
         (drained,) = [line for line in running.log.read_text().splitlines() if "intake_drained" in line]
     found = json.loads(drained)

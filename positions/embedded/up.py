@@ -85,6 +85,10 @@ class Up:
         self._api_key = key.get_secret_value() if key else self._folder.secret("api-key")
         self._environ = {**environ, "POSITION_MANAGER_API_KEY": self._api_key}
         self._environ.pop("POSITION_MANAGER_API_KEY_FILE", None)  # read already
+        simulator = settings.simulator
+        self._simulates = simulator == "on" or (simulator == "auto" and self._chosen.simulated)
+        if self._simulates:  # so that no process asks the real exchange about it
+            self._environ["POSITION_MANAGER_SIMULATOR"] = "on"
         everywhere = {"0.0.0.0", "::"}  # noqa: S104 - compared, not bound
         self._host = "localhost" if settings.host in everywhere else settings.host
         self._supervisord: subprocess.Popen[bytes] | None = None
@@ -241,8 +245,7 @@ class Up:
             "beat": [*celery, "beat", "--schedule", str(schedule), "--pidfile="],
             "relay": [*python, "positions.cli", "relay"],
         }
-        simulator = self._settings.simulator
-        if simulator == "on" or (simulator == "auto" and self._chosen.simulated):
+        if self._simulates:
             app["simulator"] = [*python, "positions.cli", "simulate"]
         return app
 

@@ -173,14 +173,16 @@ _CLAIM = """
     SELECT 1, %(now)s, sum(value) FROM portfolio_versions HAVING sum(value) > 0
     ON CONFLICT (id) DO UPDATE SET published_at = excluded.published_at, versions = excluded.versions
     WHERE portfolio_mark.versions <> excluded.versions
-        AND portfolio_mark.published_at <= excluded.published_at - %(interval)s
+        AND (portfolio_mark.published_at <= excluded.published_at - %(interval)s
+            OR portfolio_mark.published_at > excluded.published_at + interval '1 minute')
 """
 
 
 def claim_publication(connection: Connection, *, now: datetime, interval: timedelta) -> bool:
     """Return whether the portfolio is to be published now: it changed, and the last time is long enough ago.
 
-    Who gets True holds the row until its transaction ends, so that two of them never publish the same.
+    Where the last time is more than a minute to come, a clock was set back, and nobody waits for it. Who gets
+    True holds the row until its transaction ends, so that two of them never publish the same.
     """
     # Beat ticks at the interval itself: a tick that comes a little early is not made to wait for another, one
     # of a second beat is.

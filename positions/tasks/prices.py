@@ -23,9 +23,14 @@ log = structlog.get_logger(__name__)
     throws=(Unavailable, VenueUnavailable),
 )
 def refresh() -> dict[str, int]:
-    """Price what would be stale before the next tick: a price is seen to be stale only while this fails."""
+    """Price what would be stale before the next tick: a price is seen to be stale only while this fails.
+
+    Nothing while the simulator invents the market: a real price would be another market's.
+    """
     started = time.perf_counter()
     own = resources.current()
+    if own.settings.simulator == "on":
+        return {}
     rules = Rules.of(own.settings)
     ahead = timedelta(seconds=own.settings.price_refresh_interval)
     try:

@@ -119,13 +119,17 @@ class Bybit:
 
     @classmethod
     def of(cls, settings: Settings, *, retries: int | None = None) -> Self:
-        """Return the client that the settings describe, with other ``retries`` if given."""
+        """Return the client that the settings describe, with other ``retries`` if given.
+
+        Of an invented market the account knows nothing: beside the simulator the client has no key.
+        """
+        real = settings.simulator != "on"
         return cls(
             settings.price_api_url,
             timeout_s=settings.price_api_timeout,
             retries=settings.price_api_retries if retries is None else retries,
-            key=settings.bybit_api_key,
-            secret=settings.bybit_api_secret,
+            key=settings.bybit_api_key if real else None,
+            secret=settings.bybit_api_secret if real else None,
         )
 
     @property

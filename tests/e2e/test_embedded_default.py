@@ -124,6 +124,9 @@ def test_killed_children_come_back_and_a_stop_leaves_nothing(product: Product) -
     assert "already" in second.stderr
 
     before = product.pids()
+    for name in ("web", "jobs"):  # neither asks the real exchange about the invented market
+        environ = Path(f"/proc/{before[name]}/environ").read_bytes().split(b"\0")
+        assert b"POSITION_MANAGER_SIMULATOR=on" in environ
     killed = ("postgres", "valkey", "web", "worker", "jobs")
     for name in killed:
         os.kill(before[name], signal.SIGKILL)

@@ -59,3 +59,13 @@ def test_two_beats_between_each_other_publish_no_more_than_one(engine: Engine) -
     # A single beat's tick that is a little early is as good.
     apply(engine, [execution("BTCUSDT", "Buy", "1", "100", number=8)])
     assert published(engine, 1.02 * 3 + 0.95)
+
+
+def test_a_clock_that_is_set_back_does_not_silence_it(engine: Engine) -> None:
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100", number=1)])
+    assert published(engine, 7200)
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100", number=2)])
+    assert published(engine, 0)
+    # Of hosts whose clocks differ a little none sets the other's back.
+    apply(engine, [execution("BTCUSDT", "Buy", "1", "100", number=3)])
+    assert not published(engine, -5)

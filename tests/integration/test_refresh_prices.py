@@ -26,9 +26,12 @@ from positions.handlers import refresh_prices as module
 from positions.handlers.rebuild_position import rebuild_position
 from positions.handlers.refresh_prices import BATCH, CONFIRM_S, refresh_prices
 from positions.handlers.update_marks import update_marks
+from positions.settings import load
 from positions.storage import positions as store
 from positions.storage.database import Retry, transaction
 from positions.storage.tables import ledger, outbox
+from positions.tasks import prices, resources
+from positions.tasks.resources import Resources
 from positions.venue.bybit import Bybit
 from positions.venue.circuit import FIRST_S
 from tests.integration.api import KEY, Make
@@ -351,6 +354,28 @@ def test_events_are_applied_while_workers_of_jobs_wait_for_the_exchange(
         venue.start()
         assert wait_until(lambda: price_of(engine) == (Decimal("105.5"), "price_api"), limit_s=60)
     assert stored(engine)[BTC]["size"] == 3
+
+
+def test_nothing_real_is_mixed_into_an_invented_market(
+    engine: Engine, venue: Venue, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(engine)
+    env = {
+        "POSITION_MANAGER_DATABASE_URL": database_url,
+        "POSITION_MANAGER_PRICE_API_URL": venue.url,
+        "POSITION_MANAGER_BYBIT_API_KEY": "k",
+        "POSITION_MANAGER_BYBIT_API_SECRET": "s",
+    }
+    invented = Resources(load({**env, "POSITION_MANAGER_SIMULATOR": "on"}))
+    monkeypatch.setattr(resources, "current", lambda: invented)
+    assert prices.refresh() == {}
+    assert not venue.requests
+    assert not invented.venue.signs
+    real = Resources(load(env))
+    monkeypatch.setattr(resources, "current", lambda: real)
+    assert prices.refresh() == {"due": 2, "priced": 2}
+    assert real.venue.signs
+    real.engine.dispose()
 
 
 def test_500_positions_are_priced_in_25_transactions(

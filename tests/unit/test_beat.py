@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,11 @@ from positions.tasks.beat import Scheduler
 AT = datetime(2025, 1, 15, 12, tzinfo=UTC)
 
 
-def scheduler(path: Path) -> Scheduler:
+def scheduler(path: Path, **every: float) -> Scheduler:
     app = Celery(broker="memory://", set_as_current=False)
-    app.conf.beat_schedule = {"job": {"task": "job", "schedule": 60.0}}
+    every = {"job": 60.0, **every}
+    app.conf.result_expires = None  # else Celery adds a job of its own
+    app.conf.beat_schedule = {name: {"task": name, "schedule": seconds} for name, seconds in every.items()}
     return Scheduler(app, schedule_filename=str(path))
 
 
@@ -46,6 +48,23 @@ def test_a_damaged_file_is_begun_anew(tmp_path: Path, damage: bytes | None) -> N
         for left in tmp_path.iterdir():
             left.unlink()
         written(tmp_path)
+
+
+def test_a_clock_that_is_set_back_holds_no_job_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(scheduler(tmp_path / "schedule", often=1.0)) as beat:
+        now = AT + timedelta(hours=3)
+        monkeypatch.setattr(Celery, "now", lambda _: now)
+        asked: list[str] = []
+        monkeypatch.setattr(beat, "apply_entry", lambda entry, **_: asked.append(entry.name))
+        for entry in beat.schedule.values():
+            entry.last_run_at = now
+        for begins in (now, AT):
+            asked.clear()
+            for half in range(130):
+                now = begins + timedelta(seconds=half / 2)
+                for _ in beat.schedule:  # one tick asks for one job
+                    beat.tick()
+            assert set(asked) == {"job", "often"}
 
 
 def test_everything_on_the_schedule_is_a_task_and_is_asked_for_in_time() -> None:

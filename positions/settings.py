@@ -415,8 +415,8 @@ class Settings(BaseModel):
     simulator: Literal["auto", "on", "off"] = Field(
         "auto",
         validation_alias=_env("SIMULATOR"),
-        description="`on`: a simulator invents the market, and the exchange is asked for nothing. `auto`: on the"
-        " embedded default only.",
+        description="`on`: a simulator invents the market, and the exchange is asked for nothing. `auto`: on"
+        " the embedded default only.",
     )
     data_dir: str | None = Field(
         None,

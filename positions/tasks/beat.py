@@ -6,7 +6,7 @@ from celery.beat import PersistentScheduler
 
 
 class Scheduler(PersistentScheduler):  # type: ignore[misc] # Celery has no types
-    """Begins anew where its file cannot be read, or is of a time to come; Celery's own ends, or waits for it."""
+    """Begins anew where its file cannot be read or is of a time to come; Celery's own ends or waits."""
 
     def setup_schedule(self) -> None:
         """Read the file, or make another: every job finds out for itself what is missing."""
@@ -20,7 +20,7 @@ class Scheduler(PersistentScheduler):  # type: ignore[misc] # Celery has no type
     def tick(self, *args: Any, **kwargs: Any) -> float:
         """Ask for what is due, and return in how many seconds to look again.
 
-        Where the clock was set back, jobs go on from now: they would not be asked for until it is as late again.
+        Where the clock was set back, jobs go on from now: else none is asked for until it is as late again.
         """
         now = self.app.now()
         for entry in self.schedule.values():

@@ -53,6 +53,7 @@ def take_slot(
     slot: datetime,
     rows: Sequence[Mapping[Any, Any]] | None,
     *,
+    now: datetime,
     interval: timedelta,
     since: datetime,
     stale_after: timedelta,
@@ -63,11 +64,12 @@ def take_slot(
         connection: in a transaction that has read no snapshots yet.
         slot: a moment that scheduled snapshots are of.
         rows: what positions were then (:func:`positions.storage.past.cut_at`); None: what they are.
+        now: when it is taken.
         interval: from slot to slot.
         since: older slots that were missed are left out.
         stale_after: age from which a price is stale.
     """
-    if not slots.claim(connection, slot, interval=interval, since=since):
+    if not slots.claim(connection, slot, now=now, interval=interval, since=since):
         return None
     snapshots.make_partition(connection, snapshots.month_of(slot))
     rows = snapshots.cut(connection, None) if rows is None else rows

@@ -26,7 +26,7 @@ _MISSED = """
     FROM (SELECT max(s.at) AS at FROM snapshot_slots s WHERE s.at < %(slot)s) AS before,
         generate_series(%(slot)s - %(interval)s, %(slot)s - %(interval)s * %(max)s, - %(interval)s) AS n (at)
     WHERE n.at > before.at AND n.at >= %(since)s
-        AND NOT EXISTS (SELECT FROM snapshot_slots s WHERE s.at > %(slot)s)
+        AND NOT EXISTS (SELECT FROM snapshot_slots s WHERE s.at > %(slot)s AND s.at <= %(now)s)
     ON CONFLICT (at) DO NOTHING
 """
 _FORGET = """
@@ -46,13 +46,16 @@ def due(connection: Connection, *, now: datetime, interval: timedelta, since: da
     return found
 
 
-def claim(connection: Connection, slot: datetime, *, interval: timedelta, since: datetime) -> bool:
+def claim(
+    connection: Connection, slot: datetime, *, now: datetime, interval: timedelta, since: datetime
+) -> bool:
     """Return whether ``slot`` is this transaction's to take: nobody takes one twice.
 
-    With the newest one those that were missed before it are noted, back to ``since``, at most `MISSED_MAX`.
-    Before the first one ever none was missed.
+    With the newest one up to ``now`` those that were missed before it are noted, back to ``since``, at most
+    `MISSED_MAX`. Before the first one ever none was missed. A slot to come, from when a clock was ahead, says
+    nothing of what was missed.
     """
-    values = {"slot": slot, "interval": interval, "since": since, "max": MISSED_MAX}
+    values = {"slot": slot, "now": now, "interval": interval, "since": since, "max": MISSED_MAX}
     if not connection.exec_driver_sql(_CLAIM, values).rowcount:
         return False
     connection.exec_driver_sql(_MISSED, values)

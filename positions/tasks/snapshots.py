@@ -53,6 +53,7 @@ def take_due(own: resources.Resources, *, now: datetime) -> dict[str, int]:
             take_slot,
             slot=slot,
             rows=rows,
+            now=now,
             interval=interval,
             since=since,
             stale_after=rules.price_stale_after,

@@ -184,6 +184,14 @@ def test_before_there_was_a_first_slot_none_was_missed(engine: Engine, own: Reso
     assert take_due(own, now=NOON + HOUR) == {"slots": 1, "snapshots": 1}
 
 
+def test_a_clock_that_was_ahead_does_not_hide_what_is_missed_later(engine: Engine, own: Resources) -> None:
+    take_due(own, now=NOON + 6 * HOUR)
+    trade(engine, "Buy", "1", "100", NOON - MINUTE)
+    take_due(own, now=NOON)
+    assert take_due(own, now=NOON + 3 * HOUR) == {"slots": 3, "snapshots": 3}
+    assert moments(engine) == [NOON + hour * HOUR for hour in range(4)]
+
+
 def test_the_present_comes_first_and_a_long_gap_is_made_up_for_bit_by_bit(
     engine: Engine, own: Resources
 ) -> None:

@@ -105,7 +105,9 @@ def cli_page() -> str:
     lines += ["Words are completed on TAB once the shell is told how, in its start-up file:", ""]
     lines += ["```sh", *(f"{how}  # {shell}" for shell, how in COMPLETION.items()), "```", ""]
     for words, command in _commands(cli, "positions"):
-        context = click.Context(command, info_name=words, terminal_width=100, max_content_width=100)
+        # As the command itself is run, below the group with its settings: click keeps the first help it made.
+        own = {**cli.context_settings, **command.context_settings}
+        context = click.Context(command, info_name=words, terminal_width=100, max_content_width=100, **own)
         lines += [f"## {words}", "", "```", command.get_help(context), "```", ""]
     return "\n".join(lines)
 

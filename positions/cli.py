@@ -114,8 +114,14 @@ def quarantine() -> None:
     """Messages that could not be applied: list, read and replay them."""
 
 
+def _json(value: object) -> str:
+    from positions.messages.outbound import utc_text
+
+    return utc_text(value) if isinstance(value, datetime) else str(value)
+
+
 def _json_line(data: object) -> None:
-    click.echo(json.dumps(data, default=str, ensure_ascii=False))
+    click.echo(json.dumps(data, default=_json, ensure_ascii=False))
 
 
 @quarantine.command("list")
@@ -153,7 +159,7 @@ def quarantine_show(id_: int) -> None:
         kept = store.find(connection, id_)
     data = dataclasses.asdict(kept)
     data["refused"]["body"] = kept.refused.body.decode(errors="backslashreplace")
-    click.echo(json.dumps(data, default=str, ensure_ascii=False, indent=2))
+    click.echo(json.dumps(data, default=_json, ensure_ascii=False, indent=2))
 
 
 @quarantine.command("replay")
@@ -293,7 +299,6 @@ def keys_create(
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def keys_list(*, as_json: bool) -> None:
     """List all keys in the database, revoked ones too."""
-    from positions.messages.outbound import utc_text
     from positions.storage import api_keys
     from positions.storage.database import transaction
 
@@ -303,7 +308,7 @@ def keys_list(*, as_json: bool) -> None:
         row = {"name": key.name, "role": key.role, "tier": key.requests_per_minute}
         times = {"created": key.created_at, "expires": key.expires_at, "revoked": key.revoked_at}
         if as_json:
-            _json_line({**row, **{name: at and utc_text(at) for name, at in times.items()}})
+            _json_line({**row, **times})
         else:
             tier = f"{key.requests_per_minute or 'default'}"
             shown = "  ".join(f"{name} {at:%Y-%m-%d}" for name, at in times.items() if at)

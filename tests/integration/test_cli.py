@@ -17,6 +17,7 @@ from positions import log_config
 from positions.cli import cli
 from positions.domain.events import Mode, PositionKey
 from positions.errors import NotFound
+from positions.messages.outbound import utc_text
 from positions.settings import load
 from positions.storage import api_keys, quarantine, validations
 from positions.storage.database import transaction
@@ -61,6 +62,7 @@ def test_quarantine_is_listed_and_read(engine: Engine, run: Any) -> None:
     shown = json.loads(run("quarantine", "show", str(row["id"])).output)
     assert json.loads(shown["refused"]["body"])["asset"] == "BTCUSDT"
     assert shown["times_seen"] == 2
+    assert row["last_seen_at"] == shown["last_seen_at"] == utc_text(NOW)
     missing = run("quarantine", "show", "999")
     assert missing.exit_code == 1
 

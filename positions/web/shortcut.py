@@ -6,7 +6,8 @@ a thread costs less than asking.
 
 Whatever is not plain takes the long way: another method, no such answer, a key that is not known at once, a
 limit that is reached, a server that is away. What is found out by then is left in the WSGI environment, so
-that a request is counted once, and waits once.
+that a request is counted once, and waits once. So is an error that nobody foresaw, which the long way answers
+and logs.
 """
 
 import threading
@@ -27,7 +28,7 @@ from positions.web.answers import VERSION, question_of, told
 from positions.web.auth import Key, KeyRing
 from positions.web.limits import WINDOW, Limiter, Window
 from positions.web.resources import NAME, Resources
-from positions.web.tracing import BEGAN, served, trace_id_of
+from positions.web.tracing import BEGAN, REFUSED, served, trace_id_of
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -48,7 +49,8 @@ def init(app: Flask, ring: KeyRing, limiter: Limiter | None, headers: Iterable[t
         kept = own.answers.get(question, 0)
         if kept is None or kept.route is None or not _is_plain(environ):
             return None
-        key = ring.known(environ.get("HTTP_X_API_KEY", "").encode("latin-1"))
+        given = environ.get("HTTP_X_API_KEY")
+        key = None if given is None else ring.known(given.encode("latin-1"))
         if key is None or key.expired:
             return None
         environ[BEGAN] = began_at
@@ -80,7 +82,11 @@ def init(app: Flask, ring: KeyRing, limiter: Limiter | None, headers: Iterable[t
         return status, head, body
 
     def either_way(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        answer = short_way(environ)
+        try:
+            answer = short_way(environ)
+        except Exception as error:  # noqa: BLE001 - the long way has an answer to everything
+            environ[REFUSED] = error
+            answer = None
         if answer is None:
             return long_way(environ, start_response)
         status, head, body = answer
@@ -96,8 +102,15 @@ class _Asked:
     def __init__(self) -> None:
         self.requests: Counter[Key] = Counter()
         self.windows: dict[Key, list[Window] | redis.RedisError] = {}
+        """How the requests of a key stand, each for one of them."""
+        self.counted = threading.Event()
         self.begun = False
-        self.version: int | Unavailable = Unavailable("interrupted")
+        self.version: int | Exception = Unavailable("interrupted")
+
+    def window(self, key: Key) -> Window | redis.RedisError | None:
+        """Return how one more request of ``key`` stands, None without limits."""
+        windows = self.windows.get(key)
+        return windows.pop(0) if isinstance(windows, list) else windows
 
 
 class _Together:
@@ -118,33 +131,46 @@ class _Together:
             return None, error
         with self._gathering:
             asked = self._next
-            number = asked.requests[key]
             asked.requests[key] += 1
         if not self._turn.acquire(timeout=self._version.WAIT_S):
-            return None, Unavailable("the database does not answer")
+            return self._without(asked, key), Unavailable("the database does not answer")
         try:
             if not asked.begun:
                 self._ask()
         finally:
             self._turn.release()
-        windows = asked.windows.get(key)
-        return windows[number] if isinstance(windows, list) else windows, asked.version
+        if not isinstance(asked.version, int | Unavailable):
+            raise asked.version
+        return asked.window(key), asked.version
+
+    def _without(self, asked: _Asked, key: Key) -> Window | redis.RedisError | None:
+        """Return the window of a request that waits no longer, None if it is not counted here."""
+        with self._gathering:
+            if asked is self._next:
+                asked.requests[key] -= 1
+                return None
+        # Redis does not keep it long.
+        asked.counted.wait()
+        return asked.window(key)
 
     def _ask(self) -> None:
         with self._gathering:
             asked, self._next = self._next, _Asked()
         asked.begun = True
-        if self._limiter:
-            for key, requests in asked.requests.items():
-                try:
-                    asked.windows[key] = self._limiter.take(key, requests)
-                except redis.RedisError as error:
-                    asked.windows = dict.fromkeys(asked.requests, error)
-                    break
         try:
+            if self._limiter:
+                for key, requests in asked.requests.items():
+                    try:
+                        asked.windows[key] = self._limiter.take(key, requests)
+                    except redis.RedisError as error:
+                        asked.windows = dict.fromkeys(asked.requests, error)
+                        break
+            asked.counted.set()
             asked.version = self._version()
-        except Unavailable as error:
+        except Exception as error:  # noqa: BLE001 - each that waits for it raises or is told it
             asked.version = error
+        finally:
+            asked.counted.set()
 
 
 def _is_plain(environ: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ log = structlog.get_logger(__name__)
 BEGAN = "positions.began"
 """Key of the WSGI environment: when a request began, by `time.perf_counter`, where that was seen earlier."""
 REFUSED = "positions.refused"
-"""Key of the WSGI environment: the error that a request the worker could not read is answered with."""
+"""Key of the WSGI environment: the error to answer with, of a request that failed before Flask saw it."""
 
 _TRACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 # W3C Trace Context: later versions may add to the end, ff is no version, ids of zeros only are no ids.

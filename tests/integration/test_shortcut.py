@@ -17,13 +17,14 @@ from sqlalchemy import Engine
 from structlog.testing import capture_logs
 from werkzeug.test import TestResponse
 
-from positions.storage import api_keys
+from positions.storage import api_keys, database
 from positions.storage.database import transaction
-from positions.web import BODY_MAX_BYTES, auth, memory
+from positions.storage.portfolio import Versions
+from positions.web import BODY_MAX_BYTES, auth, memory, shortcut
 from positions.web.answers import kept
 from positions.web.auth import needs_operate
 from positions.web.limits import Limiter
-from tests.integration.api import KEY, Make
+from tests.integration.api import KEY, Make, problem
 from tests.integration.support import apply, execution
 from tests.services import PostgreSQL, Redis, wait_until
 
@@ -215,6 +216,27 @@ def test_key_that_expires_or_is_revoked_gets_no_more_answers(
     assert ask.short().status_code == 200
 
 
+def test_missing_key_is_not_an_empty_one(
+    make: Callable[..., Asked], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the database has an empty one, which nothing of ours stores."""
+    monkeypatch.setattr(auth, "READ_AGAIN_S", 600.0)
+    with transaction(engine) as connection:
+        api_keys.create(
+            connection,
+            name="empty",
+            digest=hashlib.sha256(b"").hexdigest(),
+            role="read",
+            requests_per_minute=None,
+            expires_at=None,
+        )
+    ask = make()
+    assert ask(key="").status_code == 200
+    assert ask.short(key="").status_code == 200
+    response = ask.long(key=None)
+    assert (response.status_code, response.get_json()["detail"]) == (401, "The header X-API-Key is missing.")
+
+
 def test_view_that_asks_for_more_than_a_key_is_always_asked(make: Callable[..., Asked]) -> None:
     reader = {"name": "reader", "hash": hashlib.sha256(b"reader").hexdigest(), "role": "read"}
     ask = make(POSITION_MANAGER_API_KEYS=json.dumps([reader]))
@@ -318,6 +340,93 @@ def test_without_postgresql_it_says_so_and_counts(
     assert (line["status"], line["key_name"]) == (503, "default")
     engine.dispose()
     assert wait_until(lambda: ask().status_code == 200, limit_s=30)
+    assert ask.short().status_code == 200
+
+
+class Held:
+    """Holds every reading of the version until it may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.go_on = threading.Semaphore(0), threading.Semaphore(0)
+        read = Versions.__call__
+
+        def held(own: Versions) -> int:
+            self.reached.release()
+            assert self.go_on.acquire(timeout=60)
+            return read(own)
+
+        monkeypatch.setattr(Versions, "__call__", held)
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["not counted yet", "counted already"])
+def test_who_waits_in_vain_is_counted_once(
+    make: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    ask = make()
+    ask()
+    before = int(ask.short().headers["RateLimit-Remaining"])
+    waiting = threading.Semaphore(0)
+    refuse = database.refuse_while_silent
+
+    def about_to_wait() -> None:
+        refuse()
+        waiting.release()
+
+    found: list[tuple[int, str]] = []
+
+    def run() -> None:
+        response = ask()
+        found.append((response.status_code, response.headers["RateLimit-Remaining"]))
+
+    threads = [threading.Thread(target=run) for _ in range(3 if begun else 2)]
+    with monkeypatch.context() as patch, capture_logs():
+        patch.setattr(shortcut, "refuse_while_silent", about_to_wait)
+        held = Held(patch)
+        threads[0].start()
+        assert held.reached.acquire(timeout=60)
+        patch.setattr(Versions, "WAIT_S", 3.0)
+        for thread in threads[1:]:
+            thread.start()
+        if begun:
+            # One of the two asks for both, and the other one waits for that.
+            for _ in threads:
+                assert waiting.acquire(timeout=60)
+            held.go_on.release()
+            assert held.reached.acquire(timeout=60)
+        assert wait_until(lambda: any(status == 503 for status, _ in found), limit_s=60)
+        held.go_on.release()
+        for thread in threads:
+            thread.join(60)
+    assert Counter(status for status, _ in found) == {200: len(threads) - 1, 503: 1}
+    assert sorted(int(left) for _, left in found) == [
+        before - number for number in range(len(threads), 0, -1)
+    ]
+    assert int(ask().headers["RateLimit-Remaining"]) == before - len(threads) - 1
+
+
+def test_unforeseen_error_is_answered_and_logged_as_any(
+    make: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = make()
+    ask()
+
+    def failing(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    with monkeypatch.context() as patch, capture_logs() as lines:
+        patch.setattr(Limiter, "take", failing)
+        response = ask(headers={"X-Trace-Id": "t-500"})
+        made_up = ask()
+    assert problem(response, 500, "internal_error")["trace_id"] == "t-500"
+    assert problem(made_up, 500, "internal_error")["trace_id"] not in {"t-500", ""}
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    failed, served = lines[:2]
+    assert (failed["event"], failed["log_level"], str(failed["exc_info"])) == (
+        "request_failed",
+        "error",
+        "a fault of ours",
+    )
+    assert (served["event"], served["status"], served["trace_id"]) == ("request_served", 500, "t-500")
     assert ask.short().status_code == 200
 
 

@@ -77,7 +77,7 @@ class MetricsCache:
         try:
             found = None if self._away() else self._from_redis(self._key(era, version), name)
         except redis.RedisError as error:
-            self._leave_alone(error)
+            self.leave_alone(error)
             found = None
         if found is not None:
             return version, found, "hit"
@@ -87,6 +87,11 @@ class MetricsCache:
         keys = {self._key(era, each) for each in (version, made_at)}
         self._store(keys, made)
         return made_at, made[name], outcome
+
+    def leave_alone(self, error: redis.RedisError) -> None:
+        """Ask Redis for nothing for `AWAY_S`, as it failed, here or elsewhere."""
+        self._away_until = time.monotonic() + AWAY_S
+        log.warning("cache_unavailable", reason=type(error).__name__)
 
     def _from_redis(self, key: str, name: str) -> bytes | None:
         """Return what is stored; None where it is for the caller to compute."""
@@ -120,17 +125,13 @@ class MetricsCache:
                 pipe.execute()
             self._last = keys
         except redis.RedisError as error:
-            self._leave_alone(error)
+            self.leave_alone(error)
 
     def _key(self, era: str, version: int) -> str:
         return f"{self._prefix}:portfolio:{era}:{version}"
 
     def _away(self) -> bool:
         return time.monotonic() < self._away_until
-
-    def _leave_alone(self, error: redis.RedisError) -> None:
-        self._away_until = time.monotonic() + AWAY_S
-        log.warning("cache_unavailable", reason=type(error).__name__)
 
 
 def _seal(key: str, name: str, figures: bytes) -> bytes:

@@ -9,6 +9,7 @@ import hashlib
 import math
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 
 import flask_limiter
 import redis
+import structlog
 from flask import Flask, Response, g, request
 from flask_limiter import Limit as FlaskLimit
 from flask_limiter import RateLimitExceeded, RequestLimit
@@ -29,11 +31,16 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from positions import metrics
 from positions.settings import REDIS_SCHEMES, Settings
 from positions.web.problems import problem
+from positions.web.resources import NAME, Resources
+
+log = structlog.get_logger(__name__)
 
 WRONG_KEYS_PER_MINUTE = 20
 """From one address. A person who mistypes, or a service with an old key that tries again, stays below for a
 while; of 32 random bytes nobody guesses one at any rate, but the log and the processor are spared."""
 TIMEOUT_S = 0.2
+AGAIN_S = 1.0
+"""After an error of Redis it is not tried again sooner."""
 WINDOW_S = 60
 
 WINDOW = "positions.window"
@@ -113,6 +120,7 @@ def init(app: Flask, settings: Settings) -> "Limiter | None":
     """
     if not settings.rate_limit_enabled:
         return None
+    own: Resources = app.extensions[NAME]
     limiter = Limiter(
         _whose,
         storage_uri=f"positions+{settings.redis}",
@@ -122,6 +130,8 @@ def init(app: Flask, settings: Settings) -> "Limiter | None":
             "socket_connect_timeout": TIMEOUT_S,  # type: ignore[dict-item]
             "retry": Retry(NoBackoff(), 0),  # type: ignore[dict-item]
             "key_prefix": f"{settings.service_name}:limits",
+            # A request that waited for Redis here in vain must not do so for what it has cached.
+            "on_error": own.metrics.leave_alone,  # type: ignore[dict-item]
         },
         strategy="moving-window",
         default_limits=[FlaskLimit(lambda: f"{_amount()}/minute", exempt_when=_exempt)],
@@ -236,8 +246,11 @@ class Limiter(flask_limiter.Limiter):
         if not self._storage_dead:
             try:
                 return self._count()
-            except redis.RedisError:
-                pass
+            except redis.RedisError as error:
+                # Here, or flask-limiter would ask, and wait, once more to find it out.
+                self._storage_dead = True
+                self.context.seen_limits.clear()
+                log.warning("limits_in_memory", reason=type(error).__name__)
         while True:
             try:
                 return super()._check_request_limit(callable_name, in_middleware)
@@ -290,8 +303,10 @@ class _OneCall(RedisStorage):
 
     STORAGE_SCHEME = [f"positions+{scheme}" for scheme in REDIS_SCHEMES]  # noqa: RUF012 - as in the class below it
 
-    def __init__(self, uri: str, **options: Any) -> None:
+    def __init__(self, uri: str, *, on_error: Callable[[redis.RedisError], None], **options: Any) -> None:
         super().__init__(uri.removeprefix("positions+"), **options)
+        self._on_error = on_error
+        self._failed_at = float("-inf")
         # A connection for each thread costs half of what the pool does: the pool asks the kernel before each
         # use whether the connection is still there.
         self._of_thread = threading.local()
@@ -305,6 +320,8 @@ class _OneCall(RedisStorage):
 
     def check(self) -> bool:
         """Tell whether Redis can count: one that answers, but refuses to write, cannot."""
+        if time.monotonic() - self._failed_at < AGAIN_S:
+            return False
         try:
             self.hit("check", 1000, 1, 1)
         except redis.RedisError:
@@ -325,10 +342,15 @@ class _OneCall(RedisStorage):
             connection = self._of_thread.connection = self.storage.connection_pool.make_connection()
         arguments = (1, self.prefixed_key(key), limit, expiry, amount)
         try:
-            return self._run(connection, *arguments)
-        except redis.ConnectionError:
-            # Redis, or something on the way, has closed it since its last use.
-            return self._run(connection, *arguments)
+            try:
+                return self._run(connection, *arguments)
+            except redis.ConnectionError:
+                # Redis, or something on the way, has closed it since its last use.
+                return self._run(connection, *arguments)
+        except redis.RedisError as error:
+            self._failed_at = time.monotonic()
+            self._on_error(error)
+            raise
 
     @staticmethod
     def _run(connection: Any, *arguments: object) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import subprocess
@@ -331,6 +332,47 @@ def buy(engine: Engine, number: int) -> None:
 def size(client: FlaskClient, path: str = "/api/v1/portfolio") -> str:
     found: str = client.get(path).get_json()["by_asset"]["BTCUSDT"]["size"]
     return found
+
+
+def test_frozen_redis_makes_a_request_wait_once_whoever_asks_it(
+    make_app: Make,
+    engine: Engine,
+    database_url: str,
+    redis_url: str,
+    redis_server: Redis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For its limit or for what is cached, and not for both."""
+    client = make_app(database_url, redis=redis_url).test_client()
+    waits: list[object] = []
+    read: Any = redis.Connection.read_response
+
+    def counted(self: redis.Connection, *given: Any, **more: Any) -> Any:
+        try:
+            return read(self, *given, **more)
+        except redis.TimeoutError as error:
+            waits.append(error)
+            raise
+
+    monkeypatch.setattr(redis.Connection, "read_response", counted)
+
+    def wait() -> bool:
+        number = next(numbers)
+        apply(engine, [execution("BTCUSDT", "Buy", "1", "100", number=number)])
+        del waits[:]
+        response = client.get("/api/v1/portfolio", headers={"X-API-Key": KEY})
+        assert response.get_json()["by_asset"]["BTCUSDT"]["size"] == str(number)
+        found.append(len(waits))
+        return sum(found) >= 3
+
+    numbers = itertools.count(1)
+    found: list[int] = []
+    wait()
+    assert found == [0]
+    with redis_server.frozen(), capture_logs():
+        assert wait_until(wait, limit_s=60)
+    assert found[1] == 1
+    assert max(found) == 1
 
 
 @pytest.mark.usefixtures("patient")

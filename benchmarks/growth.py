@@ -16,7 +16,7 @@ from benchmarks.machine import Machine, used_s
 from positions.domain.events import Mode, PositionKey
 from positions.handlers.apply_events import apply_events
 from positions.messages.inbound import Delivery, decode
-from positions.messages.outbound import PortfolioView, portfolio_object
+from positions.messages.outbound import PortfolioView, object_of
 from positions.queries import positions as queries
 from positions.storage import portfolio
 from positions.storage.database import connect, transaction
@@ -85,7 +85,7 @@ def measured(
         def whole() -> None:
             with transaction(engine) as connection:
                 sums = portfolio.sums_by_asset(connection, stale_before=now - STALE)
-            portfolio_object(PortfolioView.of(sums, max_exposure=Decimal(1), now=now))
+            object_of(PortfolioView.of(sums, max_exposure=Decimal(1), now=now))
 
         single_ms, _ = _cost(machine, single, 50)
         page_ms, _ = _cost(machine, page, 20)

@@ -385,7 +385,7 @@ def rebuild(*, asset: str | None, repair: bool, as_json: bool) -> None:
 def snapshot(*, asset: str | None, as_json: bool) -> None:
     """Take a snapshot of every position now, all of one moment; published as those on schedule are."""
     from positions.handlers.take_snapshots import take_snapshots
-    from positions.messages.outbound import snapshot_object
+    from positions.messages.outbound import object_of
     from positions.storage import positions as store
     from positions.storage.database import Retry, in_transaction, transaction
 
@@ -407,7 +407,7 @@ def snapshot(*, asset: str | None, as_json: bool) -> None:
         retry=Retry(),
     )
     for view in taken if as_json else ():
-        _json_line(snapshot_object(view))
+        _json_line(object_of(view))
     click.echo(f"{len(taken)} snapshots taken", err=True)
 
 
@@ -454,7 +454,7 @@ def validate(*, asset: str | None, venue: bool, fix: bool, as_json: bool) -> Non
     from positions.handlers.validate_position import Validation
     from positions.handlers.validate_positions import Validator
     from positions.handlers.write_changes import Rules
-    from positions.messages.outbound import break_object
+    from positions.messages.outbound import object_of
     from positions.storage import positions as store
     from positions.storage import validations
     from positions.storage.database import Retry, transaction
@@ -479,7 +479,7 @@ def validate(*, asset: str | None, venue: bool, fix: bool, as_json: bool) -> Non
 
     def show(key: PositionKey, found: Validation) -> None:
         for each in found.breaks:
-            row = {"asset": key.asset, "mode": key.mode, **break_object(each)}
+            row = {"asset": key.asset, "mode": key.mode, **object_of(each)}
             if as_json:
                 _json_line(row)
             else:

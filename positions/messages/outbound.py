@@ -1,13 +1,14 @@
 """What we say of a position and of the portfolio: one shape for the published events and the REST answers.
 
-A view holds the figures as they are; `position_object` and `portfolio_object` turn it into JSON-ready
-data: decimals as plain strings, times as ISO 8601 UTC ending in Z.
+A view holds the figures as they are; `object_of` turns it into JSON-ready data: decimals as plain
+strings, times as ISO 8601 UTC ending in Z.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import cache
 from typing import Annotated, Any, Self, cast
 
 from pydantic import ConfigDict, WithJsonSchema
@@ -338,12 +339,7 @@ def snapshot_data(view: PositionView, row: Mapping[Any, Any]) -> dict[str, objec
         row: of `positions.storage.tables.positions`.
     """
     beside = (*REALIZED_PARTS, "state")
-    return {**position_object(view), **{name: _json(row[name]) for name in beside}}
-
-
-def snapshot_object(view: SnapshotView) -> dict[str, object]:
-    """Return the contract's snapshot object, JSON-ready."""
-    return _object(view)
+    return {**object_of(view), **{name: _json(row[name]) for name in beside}}
 
 
 FLAT_SNAPSHOT = (
@@ -356,7 +352,7 @@ FLAT_SNAPSHOT = (
 
 def flat_snapshot(view: SnapshotView) -> dict[str, object]:
     """Return what a table shows of a snapshot, JSON-ready: `FLAT_SNAPSHOT`, as far as it was kept."""
-    return {**view.snapshot_data, **snapshot_object(view)}
+    return {**view.snapshot_data, **object_of(view)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -391,11 +387,6 @@ class ExecutionView:
     """Of an adjustment: the signed size of the leg that was taken over."""
 
 
-def execution_object(view: ExecutionView) -> dict[str, object]:
-    """Return an entry of the ledger, JSON-ready."""
-    return _object(view)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BreakView:
     """A difference that reconciliation found."""
@@ -426,11 +417,6 @@ class BreakView:
     what it lacked; `taken_over`, the venue's figure overruled; `agrees`, it was gone; null: it stands."""
 
 
-def break_object(view: BreakView) -> dict[str, object]:
-    """Return a break, JSON-ready."""
-    return _object(view)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EquityPoint:
     """What the portfolio was worth at a moment."""
@@ -453,28 +439,19 @@ class EquityPoint:
     """How many of them were open without a price, and are not in the exposures."""
 
 
-def equity_object(point: EquityPoint) -> dict[str, object]:
-    """Return a point of the equity curve, JSON-ready."""
-    return _object(point)
-
-
-def position_object(view: PositionView) -> dict[str, object]:
-    """Return the contract's position object, JSON-ready."""
-    return {name: _json(getattr(view, name)) for name in _FIELDS}
-
-
-def portfolio_object(view: PortfolioView) -> dict[str, object]:
-    """Return the contract's portfolio figures, JSON-ready."""
-    return _object(view)
-
-
 def part_of(portfolio: Mapping[str, object], part: type[ExposureView | PnLView]) -> dict[str, object]:
     """Return what ``part`` shows of a portfolio object."""
     return {field.name: portfolio[field.name] for field in fields(part)}
 
 
-def _object(view: Any) -> dict[str, object]:
-    return {field.name: _json(getattr(view, field.name)) for field in fields(view)}
+def object_of(view: Any) -> dict[str, object]:
+    """Return a view as the contract's object, JSON-ready."""
+    return {name: _json(getattr(view, name)) for name in _names(view.__class__)}
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
 
 
 def utc_text(at: datetime) -> str:
@@ -493,4 +470,4 @@ def _json(value: object) -> object:
         return value
     if isinstance(value, Mapping):
         return {name: _json(each) for name, each in value.items()}
-    return _object(value) if kind is AssetView else value
+    return object_of(value) if kind is AssetView else value

@@ -7,9 +7,7 @@ from positions.messages.outbound import (
     PortfolioView,
     PositionView,
     SnapshotView,
-    portfolio_object,
-    position_object,
-    snapshot_object,
+    object_of,
     utc_text,
 )
 
@@ -30,7 +28,7 @@ def position_updated(
     view: PositionView, *, update_source: str, events_covered: int, trace_id: str, now: datetime
 ) -> str:
     """Return the body of a `position_updated` event."""
-    position = position_object(view)
+    position = object_of(view)
     return _body(
         POSITION_UPDATED,
         trace_id,
@@ -48,20 +46,20 @@ def position_updated(
 
 def portfolio_updated(view: PortfolioView, *, trace_id: str, now: datetime) -> str:
     """Return the body of a `portfolio_updated` event."""
-    return _body(PORTFOLIO_UPDATED, trace_id, now, portfolio_object(view))
+    return _body(PORTFOLIO_UPDATED, trace_id, now, object_of(view))
 
 
 def position_snapshot_created(
     view: SnapshotView, position: PositionView, *, trace_id: str, now: datetime
 ) -> str:
     """Return the body of a `position_snapshot_created` event; ``position`` is what the snapshot is of."""
-    snapshot = snapshot_object(view)
+    snapshot = object_of(view)
     return _body(
         SNAPSHOT_CREATED,
         trace_id,
         now,
         {
-            **position_object(position),
+            **object_of(position),
             **snapshot,
             "snapshot_id": view.id,
             "snapshot_timestamp": snapshot["created_at"],

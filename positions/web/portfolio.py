@@ -13,9 +13,8 @@ from positions.messages.outbound import (
     PnLView,
     PortfolioView,
     PositionView,
+    object_of,
     part_of,
-    portfolio_object,
-    position_object,
 )
 from positions.queries.as_of import portfolio_as_of
 from positions.queries.portfolio import portfolio
@@ -73,7 +72,7 @@ def figures(query: Wanted) -> Response:
             answer = _portfolio(connection, query.asset)
             if query.include_positions:
                 page = positions(connection, now=now, stale_after=own.stale_after, asset=query.asset)
-                answer["positions"] = [position_object(each) for each in page.positions]
+                answer["positions"] = [object_of(each) for each in page.positions]
                 answer["next_cursor"] = page.next and cursor_of(*page.next)
             return answer
         view, past = portfolio_as_of(
@@ -85,9 +84,9 @@ def figures(query: Wanted) -> Response:
             max_exposure=own.max_exposure,
             asset=query.asset,
         )
-        answer = portfolio_object(view)
+        answer = object_of(view)
         if query.include_positions:
-            answer["positions"] = [position_object(each) for each in past]
+            answer["positions"] = [object_of(each) for each in past]
             answer["next_cursor"] = None
         return answer
 
@@ -123,4 +122,4 @@ def _portfolio(connection: Connection, asset: str | None = None) -> dict[str, ob
         max_exposure=own.max_exposure,
         asset=asset,
     )
-    return portfolio_object(view)
+    return object_of(view)

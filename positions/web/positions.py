@@ -16,9 +16,7 @@ from positions.messages.outbound import (
     BreakView,
     ExecutionView,
     PositionView,
-    break_object,
-    execution_object,
-    position_object,
+    object_of,
 )
 from positions.queries.as_of import position_as_of
 from positions.queries.executions import Place, executions
@@ -148,7 +146,7 @@ def listed(query: Listed) -> Response:
             **query.model_dump(exclude={"cursor"}),
         )
         return {
-            "positions": [position_object(view) for view in page.positions],
+            "positions": [object_of(view) for view in page.positions],
             "count": len(page.positions),
             "next_cursor": page.next and cursor_of(*page.next),
         }
@@ -177,9 +175,9 @@ def one(path: OfAsset, query: One) -> Response:
     def make(connection: Connection) -> dict[str, object]:
         now = datetime.now(UTC)
         if query.as_of is None:
-            return position_object(position(connection, key, now=now, stale_after=own.stale_after))
+            return object_of(position(connection, key, now=now, stale_after=own.stale_after))
         policy = own.rules.policy
-        return position_object(
+        return object_of(
             position_as_of(connection, key, query.as_of, policy=policy, now=now, stale_after=own.stale_after)
         )
 
@@ -205,7 +203,7 @@ def made_by(path: OfAsset, query: Executed) -> Response:
         )
     behind = page.next and cursor_of((page.next.executed_at - _EPOCH) // _MICROSECOND, page.next.id)
     data = {
-        "executions": [execution_object(each) for each in page.executions],
+        "executions": [object_of(each) for each in page.executions],
         "count": len(page.executions),
         "next_cursor": behind,
     }
@@ -236,10 +234,10 @@ def validate(path: OfAsset, query: Validated) -> Response:
     if found.updated:
         with transaction(own.reads) as connection:
             view = position(connection, key, now=datetime.now(UTC), stale_after=own.stale_after)
-            updated = position_object(view)
+            updated = object_of(view)
     return jsonify(
         is_valid=found.is_valid,
         error_message=found.error_message,
         updated_position=updated,
-        breaks=[break_object(each) for each in found.breaks],
+        breaks=[object_of(each) for each in found.breaks],
     )

@@ -15,9 +15,8 @@ from positions.messages.outbound import (
     FLAT_SNAPSHOT,
     EquityPoint,
     SnapshotView,
-    equity_object,
     flat_snapshot,
-    snapshot_object,
+    object_of,
     utc_text,
 )
 from positions.queries.history import equity_curve, points_max
@@ -103,7 +102,7 @@ def take(path: OfAsset, query: OfMode) -> tuple[Response, HTTPStatus]:
         ),
         retry=own.retry,
     )
-    return jsonify(snapshot_object(view)), HTTPStatus.CREATED
+    return jsonify(object_of(view)), HTTPStatus.CREATED
 
 
 @blueprint.get("/positions/<asset>/snapshots", responses={200: Snapshots}, openapi_extensions=LISTED)
@@ -126,7 +125,7 @@ def listed(path: OfAsset, query: Wanted) -> Response:
     found, more = found[: query.limit], len(found) > query.limit
     # By time: what is taken meanwhile moves nothing, and nothing is counted off again.
     link = link_to(without="offset", to=utc_text(found[-1].created_at - MICROSECOND)) if more else None
-    show = flat_snapshot if wants_csv() else snapshot_object
+    show = flat_snapshot if wants_csv() else object_of
     data = {"snapshots": [show(each) for each in found], "count": len(found)}
     return listing(data, "snapshots", FLAT_SNAPSHOT, link=link)
 
@@ -154,7 +153,7 @@ def history(query: Curve) -> Response:
                 connection, from_=first, to=to, interval=interval * SECOND, ends_now=to == now
             )
     data = {
-        "points": [equity_object(each) for each in points],
+        "points": [object_of(each) for each in points],
         "count": len(points),
         "interval_seconds": interval,
     }

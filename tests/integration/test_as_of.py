@@ -25,7 +25,7 @@ from positions.errors import NotFound
 from positions.handlers.apply_events import apply_events
 from positions.handlers.take_snapshots import take_snapshots
 from positions.handlers.update_marks import update_marks
-from positions.messages.outbound import PortfolioView, PositionView, position_object
+from positions.messages.outbound import PortfolioView, PositionView, object_of
 from positions.queries.as_of import portfolio_as_of, position_as_of
 from positions.queries.portfolio import portfolio
 from positions.queries.positions import position
@@ -285,7 +285,7 @@ def test_a_moment_to_come_is_now(engine: Engine) -> None:
     with transaction(engine) as connection:
         now = position(connection, BTC, now=NOW, stale_after=STALE)
     future = was(engine, datetime.max.replace(tzinfo=UTC))
-    assert {**position_object(future), "last_updated": 0} == {**position_object(now), "last_updated": 0}
+    assert {**object_of(future), "last_updated": 0} == {**object_of(now), "last_updated": 0}
 
 
 def test_before_its_first_event_there_was_no_position(engine: Engine) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy import Engine, text
 
 from positions.domain.events import Mode, PositionKey
 from positions.errors import NotFound
-from positions.messages.outbound import ExecutionView, execution_object
+from positions.messages.outbound import ExecutionView, object_of
 from positions.queries.executions import executions
 from positions.storage import ledger
 from tests.integration.support import apply, execution
@@ -68,7 +68,7 @@ def test_every_kind_of_entry_is_shown_with_all_that_is_known_of_it(engine: Engin
         -2,
         Decimal("-1.5"),
     )
-    shown = execution_object(trade)
+    shown = object_of(trade)
     assert shown.pop("id") != adjustment.id
     assert str(shown.pop("recorded_at")).endswith("Z")
     assert shown == {

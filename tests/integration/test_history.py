@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 
 from positions.domain.events import PositionKey
 from positions.handlers.take_snapshots import take_snapshots
-from positions.messages.outbound import EquityPoint, equity_object
+from positions.messages.outbound import EquityPoint, object_of
 from positions.queries.history import equity_curve, points_in
 from positions.storage import positions as store
 from positions.storage.database import transaction
@@ -108,7 +108,7 @@ def test_a_position_is_carried_from_before_the_curve_began(engine: Engine) -> No
     ((id_, key),) = held(engine, 1).items()
     kept(engine, id_, key, START - timedelta(days=90), *map(Decimal, (10, -10, 3, 4)))
     (point,) = curve(engine, START, START, HOUR)
-    assert equity_object(point) == {
+    assert object_of(point) == {
         "at": "2025-01-30T00:00:00Z",
         "total_exposure_usdt": "10",
         "net_exposure_usdt": "-10",

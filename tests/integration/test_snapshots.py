@@ -18,7 +18,7 @@ from positions.domain.position import Mark
 from positions.errors import NotFound
 from positions.handlers.take_snapshots import take_snapshots
 from positions.handlers.update_marks import update_marks
-from positions.messages.outbound import SnapshotView, position_object, snapshot_object
+from positions.messages.outbound import SnapshotView, object_of
 from positions.queries.positions import position
 from positions.queries.snapshots import snapshots
 from positions.storage import codec, portfolio
@@ -56,7 +56,7 @@ def of_table(engine: Engine, statement: str, **values: Any) -> list[Any]:
 def test_a_snapshot_is_the_position_object_of_its_moment_with_all_that_made_it(engine: Engine) -> None:
     hold(engine)
     with transaction(engine) as connection:
-        was = position_object(position(connection, BTC, now=AT, stale_after=STALE))
+        was = object_of(position(connection, BTC, now=AT, stale_after=STALE))
         state = codec.encode(store.read(connection, [BTC])[BTC].state)
     (view,) = take(engine, [BTC])
     data = dict(view.snapshot_data)
@@ -94,7 +94,7 @@ def test_it_is_told_with_figures_data_and_the_snapshot_itself(engine: Engine) ->
     (row,) = of_table(engine, "SELECT * FROM outbox WHERE event_type = 'position_snapshot_created'")
     body = json.loads(row["body"])
     assert row["trace_id"] == body["trace_id"] == "t-1"
-    assert body["snapshot"] == json.loads(json.dumps(snapshot_object(view)))
+    assert body["snapshot"] == json.loads(json.dumps(object_of(view)))
     assert body["snapshot_data"] == body["snapshot"]["snapshot_data"]
     assert (body["snapshot_id"], body["position_id"]) == (view.id, stored(engine)[BTC]["id"])
     assert body["snapshot_timestamp"] == body["created_at"] == body["timestamp"] == "2025-01-15T12:00:00Z"
@@ -283,9 +283,7 @@ def test_a_listed_snapshot_is_the_one_that_was_taken(engine: Engine) -> None:
     (view,) = take(engine, [BTC])
     with engine.connect() as connection:
         (listed,) = snapshots(connection, BTC, limit=1)
-    assert json.dumps(snapshot_object(listed), sort_keys=True) == json.dumps(
-        snapshot_object(view), sort_keys=True
-    )
+    assert json.dumps(object_of(listed), sort_keys=True) == json.dumps(object_of(view), sort_keys=True)
 
 
 def test_fractions_that_an_older_service_kept_as_numbers_lose_no_digit(engine: Engine) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy import Engine, text
 from positions.domain.events import Mode, PositionKey
 from positions.errors import NotFound
 from positions.handlers.validate_position import Validation, validate_position
-from positions.messages.outbound import break_object
+from positions.messages.outbound import object_of
 from positions.storage import breaks
 from positions.storage.database import Retry, in_transaction, transaction
 from tests.integration.support import RULES, apply, execution, stored
@@ -128,7 +128,7 @@ def test_a_break_with_the_venue_stands_and_is_not_written_over(engine: Engine) -
     assert (found.is_valid, found.updated) == (False, False)
     assert found.error_message == "size of the net leg: ours 1.5, theirs 5"
     (view,) = found.breaks
-    assert break_object(view)["theirs"] == "5"
+    assert object_of(view)["theirs"] == "5"
     assert view.first_seen_at == open_break["first_seen_at"]
     assert stored(engine)[BTC]["size"] == size
     (row,) = kept(engine)

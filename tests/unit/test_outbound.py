@@ -14,8 +14,7 @@ from positions.domain.figures import Figures
 from positions.messages.outbound import (
     PortfolioView,
     PositionView,
-    portfolio_object,
-    position_object,
+    object_of,
     utc_text,
 )
 
@@ -78,7 +77,7 @@ BOTH_LEGS: dict[str, Any] = {
 
 
 def test_position_object_is_the_contracts() -> None:
-    assert list(position_object(_view()).items()) == [
+    assert list(object_of(_view()).items()) == [
         ("id", "0b0e7e4c-3c43-4b55-9c5a-0c4a3f1f6a01"),
         ("asset", "BTCUSDT"),
         ("mode", "one-way"),
@@ -230,7 +229,7 @@ def _portfolio(limit: str | None = None, asset: str | None = None) -> PortfolioV
 
 
 def test_portfolio_object_is_the_contracts() -> None:
-    answer = portfolio_object(_portfolio())
+    answer = object_of(_portfolio())
     by_asset = answer.pop("by_asset")
     assert answer == {
         "total_exposure_usdt": "75174.8",
@@ -265,7 +264,7 @@ def test_portfolio_object_is_the_contracts() -> None:
 
 
 def test_nothing_held_is_zeros() -> None:
-    answer = portfolio_object(PortfolioView.of([], max_exposure=Decimal(0), now=NOW))
+    answer = object_of(PortfolioView.of([], max_exposure=Decimal(0), now=NOW))
     assert answer["total_exposure_usdt"] == answer["total_pnl_usdt"] == "0"
     assert answer["open_positions_count"] == 0
     assert answer["by_asset"] == {}

@@ -7,6 +7,7 @@ below them is handed the values it needs.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -72,7 +73,8 @@ def moment(text: object) -> datetime:
         ValueError: it names none.
     """
     try:
-        at = datetime.fromisoformat(text) if isinstance(text, str) else None
+        # Python lets a NUL at the end pass.
+        at = datetime.fromisoformat(text.replace("\0", "?")) if isinstance(text, str) else None
         if at is not None:
             return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     except (ValueError, OverflowError):
@@ -95,6 +97,8 @@ class KeyEntry(BaseModel):
 
 
 _ENTRIES = TypeAdapter(list[KeyEntry])
+_HASH_OF_NOTHING = hashlib.sha256().hexdigest()
+"""What a script makes whose variable for the key was empty: anyone would know that key."""
 
 
 def _env(name: str, *others: str) -> Any:
@@ -506,6 +510,10 @@ class Settings(BaseModel):
             raise SettingsError(f"{variable}: {'; '.join(lines)}") from None
         taken = {DEFAULT_KEY} if self.api_key else set()
         for number, entry in enumerate(entries, 1):
+            if entry.hash.lower() == _HASH_OF_NOTHING:
+                raise SettingsError(
+                    f"{variable}: entry {number}: hash: is of an empty key; what was hashed must be the key"
+                )
             for name, value in (("name", entry.name), ("hash", entry.hash.lower())):
                 if value in taken:
                     raise SettingsError(f"{variable}: entry {number}: {name}: another key has it")

@@ -57,13 +57,17 @@ def test_keys_are_read_inline_and_from_a_file(tmp_path: Path) -> None:
         ({"key": "the-key"}, 2, "key"),
         ({"name": "one"}, 2, "name"),
         ({"hash": "1" * 64}, 2, "hash"),
+        ({"hash": hashlib.sha256(b"").hexdigest().upper()}, 2, "hash: is of an empty key"),
+        ({"expires": "2027-01-31T00:00:00Z\0"}, 2, "expires"),
     ],
 )
 def test_a_wrong_key_is_named_by_its_place_and_never_shown(
     change: dict[str, object], entry: int, what: str
 ) -> None:
     entries = [{"name": "one", "hash": "1" * 64}, {"name": "other", "hash": HASH, **change}]
-    with pytest.raises(SettingsError, match=f"^POSITION_MANAGER_API_KEYS: entry {entry}: {what}: ") as raised:
+    with pytest.raises(
+        SettingsError, match=f"^POSITION_MANAGER_API_KEYS: entry {entry}: {what}[:;] "
+    ) as raised:
         _entries(json.dumps(entries))
     for secret in (HASH, "the-key", "1" * 64):
         assert secret not in str(raised.value)

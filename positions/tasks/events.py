@@ -50,6 +50,7 @@ def apply_batch(
     park: str | None = None,
     redelivered: bool = False,
     lonely: bool = False,
+    forgiven: Sequence[str] = (),
 ) -> dict[str, int]:
     """Apply a batch of messages and return how many had which outcome (shown in Flower).
 
@@ -58,6 +59,7 @@ def apply_batch(
         park: put all of them into quarantine undecoded, for this reason.
         redelivered: they were delivered before: whether one of them ends its worker is kept account of.
         lonely: they are suspected, few or one, and this worker does nothing else meanwhile.
+        forgiven: digests of messages that were begun and did not end, through no fault of theirs.
 
     Raises:
         Unavailable: the database is away; nothing was applied, the intake holds the batch.
@@ -78,6 +80,8 @@ def apply_batch(
 
     # Tried once: with the tries of what follows it must end before the soft limit.
     with transaction(own.engine) as connection:
+        if forgiven:
+            attempts.done(connection, forgiven, now=datetime.now(UTC))
         begun = attempts.begun(connection, queues, alone=lonely, now=datetime.now(UTC))
         suspects = {digest: alone for digest, (alone, known) in begun.items() if known}
         if suspects and not lonely:
@@ -90,7 +94,7 @@ def apply_batch(
     try:
         result = _apply_batch(messages, park=park)
     except (ConcurrencyConflict, Unavailable):
-        # No fault of theirs. Where the database is away they stay suspected, which costs them time only.
+        # No fault of theirs. Where the database is away the intake keeps in mind to forgive them.
         with suppress(Unavailable):
             done()
         raise

@@ -23,7 +23,8 @@ or this process
 What is delivered again travels apart from the rest, and the task keeps account of it in the database: a
 message that was begun before and did not end may have taken the whole worker with it. It is suspected, and
 applied with nothing beside it, but for a `FEW` others at first; one that was begun so `ALONE_ATTEMPTS` times
-is put into quarantine.
+is put into quarantine. What did not end because the broker or the database went away is forgiven: the next
+such task that this worker begins strikes it off the account first.
 """
 
 import time
@@ -117,6 +118,7 @@ class Batch:
         self.messages, self.tags, self.attempts = messages, tags, attempts
         self.park = park
         self.redelivered, self.lonely = redelivered, lonely
+        self.forgiven: frozenset[str] = frozenset()
         self.failure: BaseException | None = None
         self.waits_s = HOLD_FIRST_S
         """How long it waits before it is tried again, if it has to be."""
@@ -147,6 +149,11 @@ class Batch:
         }
         self.body: tuple[Any, ...] = ((tuple(messages),), options, {})
         self.payload = self.body
+
+    def forgive(self, digests: set[str]) -> None:
+        """Let the task forget first that these were begun."""
+        self.forgiven = frozenset(digests)
+        self.body[1]["forgiven"] = sorted(digests)
 
     def ack_log_error(self, logger: Logger, errors: Any, multiple: bool = False) -> None:
         """Called by Celery when the task has succeeded."""
@@ -219,6 +226,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self.settlement: Settlement | None = None
         self._consumer = consumer
         self._hub: Any = None
+        self._forgiven: set[str] = set()
         self._reset()
         consumer.intake = self
 
@@ -237,7 +245,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self._timer_set = False
         self._again: list[tuple[Delivery, Any]] = []
         self._ready: deque[Batch] = deque()
-        self._in_flight: dict[str, bool] = {}  # id to whether it is lonely
+        self._in_flight: dict[str, Batch] = {}
 
     @property
     def in_flight(self) -> frozenset[str]:
@@ -302,6 +310,8 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
     def stop(self, c: Any) -> None:
         """Forget the channel: its connection was lost, or is about to be closed."""
         del c
+        for batch in self._in_flight.values():
+            self._settle_account(batch, blameless=True)
         self._reset()
 
     def succeeded(self, batch: Batch) -> None:
@@ -321,7 +331,9 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         log_failure = log.bind(task_id=batch.id, messages=len(batch.messages), reason=_reason(failure))
         # Work in Python ends at the soft limit; what only the hard one ends is a wait for the database.
         away = isinstance(failure, Unavailable | TimeLimitExceeded)
-        if isinstance(failure, ConcurrencyConflict):
+        conflict = isinstance(failure, ConcurrencyConflict)
+        self._settle_account(batch, blameless=away or conflict)
+        if conflict:
             metrics.BATCHES_FAILED.inc("given_back")
             log_failure.warning("batch_given_back")
             self.settlement.give_back(batch.tags)
@@ -348,6 +360,12 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
             park = f"failed {attempts} times alone: {_reason(failure)}" if given_up else None
             self._hold(batch, attempts=attempts, park=park)
         self._hand_over()
+
+    def _settle_account(self, batch: Batch, *, blameless: bool) -> None:
+        """Keep for the next task what ``batch`` was to forgive and may not have, and itself if it may be."""
+        self._forgiven |= batch.forgiven
+        if blameless and batch.redelivered:
+            self._forgiven.update(digest_of(message.queue, message.body) for message in batch.messages)
 
     def _set_apart(self, batch: Batch, tried: Mapping[str, int]) -> None:
         """Let those go alone that were tried apart before, other suspects few together, the rest as ever."""
@@ -448,7 +466,8 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         """Give batches to the pool, one for each of its processes; what comes meanwhile fills the next."""
         capacity = self._capacity(self._consumer)
         while not self._stopping and len(self._in_flight) < capacity:
-            if self._in_flight and (any(self._in_flight.values()) or (self._ready and self._ready[0].lonely)):
+            lonely = any(batch.lonely for batch in self._in_flight.values())
+            if self._in_flight and (lonely or (self._ready and self._ready[0].lonely)):
                 return
             if self._ready:
                 batch = self._ready.popleft()
@@ -458,7 +477,10 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
                 batch = self._cut()
             else:
                 return
-            self._in_flight[batch.id] = batch.lonely
+            if batch.redelivered and self._forgiven:
+                batch.forgive(self._forgiven)
+                self._forgiven.clear()
+            self._in_flight[batch.id] = batch
             self._consumer.task_consumer.on_message(batch)
             if isinstance(self._consumer.pool, Solo):
                 # It is done already, and its acknowledgement waits for the loop to come round.

@@ -16,6 +16,7 @@ from sqlalchemy import Engine, text
 
 from beat_schedule import TASK_QUEUE
 from positions.storage.tables import attempts, ledger, outbox, quarantine
+from tests.chaos.proxy import Proxy
 from tests.integration.api import Make
 from tests.integration.processes import Process, environment, relay, worker
 from tests.integration.support import (
@@ -28,7 +29,7 @@ from tests.integration.support import (
     publish,
 )
 from tests.integration.test_crash_points import count, outcomes, waiting
-from tests.services import RabbitMQ, wait_until
+from tests.services import PostgreSQL, RabbitMQ, wait_until
 
 ALARM = "{{resource_limit, memory, node()}, []}"
 
@@ -139,6 +140,85 @@ def test_a_foreign_queue_that_is_deleted_is_consumed_when_it_is_back(
         await_ledger(engine, 200)
         assert running.terminate() == 0
     assert_all_is_applied(engine, queues, 200)
+
+
+def stuck(engine: Engine) -> set[int]:
+    """Return the database's processes in which a batch waits, for a lock or a trigger that sleeps."""
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
+            " AND query LIKE '%%INSERT INTO ledger%%' AND wait_event IN ('relation', 'PgSleep')"
+        )
+        return set(found.scalars())
+
+
+def test_who_loses_the_broker_again_and_again_blames_no_message_for_it(
+    engine: Engine, database_url: str, rabbitmq: RabbitMQ, queues: str, redis_url: str, tmp_path: Path
+) -> None:
+    with closing(Proxy(rabbitmq.port)) as proxy:
+        through = queues.replace(f":{rabbitmq.port}", f":{proxy.port}")
+        with worker(environment(database_url, through, redis_url), tmp_path) as running:
+            with engine.connect() as holder:
+                holder.execute(text("LOCK TABLE ledger IN EXCLUSIVE MODE"))
+                publish_executions(queues, 1)
+                seen: set[int] = set()
+                for times in range(2, 9):
+                    # Those of before may not know yet that nobody listens.
+                    assert wait_until(lambda: bool(stuck(engine) - seen), limit_s=60)  # noqa: B023
+                    seen |= stuck(engine)
+                    proxy.cut()
+                    running.await_log("intake_started", times=times)
+                holder.rollback()
+            await_ledger(engine, 1)
+            assert wait_until(lambda: count(engine, attempts) == 0, limit_s=60)
+            assert running.terminate() == 0
+    assert_all_is_applied(engine, queues, 1)
+
+
+def sleeping(engine: Engine, seconds: float, keys: str = "%") -> None:
+    """Let who writes entries with such ``keys`` to the ledger sleep before each."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            f"""
+            CREATE OR REPLACE FUNCTION sleeping() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                PERFORM pg_sleep({seconds}) WHERE NEW.key LIKE '{keys}';
+                RETURN NEW;
+            END $$;
+            CREATE OR REPLACE TRIGGER sleeping BEFORE INSERT ON ledger
+            FOR EACH ROW EXECUTE FUNCTION sleeping()
+            """.replace("%", "%%")
+        )
+
+
+def test_who_loses_the_database_again_and_again_blames_no_message_for_it(
+    engine: Engine,
+    postgres: PostgreSQL,
+    database_url: str,
+    rabbitmq: RabbitMQ,
+    queues: str,
+    redis_url: str,
+    tmp_path: Path,
+) -> None:
+    sleeping(engine, 5)
+    with closing(Proxy(rabbitmq.port)) as proxy:
+        through = queues.replace(f":{rabbitmq.port}", f":{proxy.port}")
+        with worker(environment(database_url, through, redis_url), tmp_path) as running:
+            publish_executions(queues, 1)
+            assert wait_until(lambda: bool(stuck(engine)), limit_s=60)
+            # From here on it is one that was delivered before.
+            proxy.cut()
+            running.await_log("intake_started", times=2)
+            for _ in range(6):
+                assert wait_until(lambda: count(engine, attempts) == 1 and bool(stuck(engine)), limit_s=60)
+                held = running.logged("batch_held")
+                postgres.kill()
+                running.await_log("batch_held", times=held + 1)
+                postgres.start()
+            sleeping(engine, 0)
+            await_ledger(engine, 1)
+            assert wait_until(lambda: count(engine, attempts) == 0, limit_s=60)
+            assert running.terminate() == 0
+    assert_all_is_applied(engine, queues, 1)
 
 
 def test_a_full_disk_of_the_database_holds_events_until_there_is_room(

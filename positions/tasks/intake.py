@@ -9,16 +9,21 @@ and only when, the task has returned, which is after its transaction was committ
 What a batch that failed means:
 
 =========================================  =====================================================
-the database is away (`Unavailable`), or   held here, tried again after a growing wait
-so slow that the task was killed
+the database is away (`Unavailable`)       held here, tried again after a growing wait
 `ConcurrencyConflict`                      back to the queue
 its process was lost, or an unexpected     each message travels alone, so that one poison message
 error                                      takes no neighbour down; of a large batch first few
                                            together (`FEW`). A message that failed alone
                                            `ALONE_ATTEMPTS` times is put into quarantine
+a time limit was hit                       each message travels alone, as above: fewer may end in time.
+                                           One alone is held; that is an attempt only if others were
+                                           applied since it was held the time before
 the connection to the broker was lost,     nothing: the broker delivers again, the ledger knows
 or this process
 =========================================  =====================================================
+
+A time limit tells how long a task took, not whether its message or the database was slow: a frozen database
+holds back even the signal of the limit. But one that serves others meanwhile is not what is slow.
 
 What is delivered again travels apart from the rest, and the task keeps account of it in the database: a
 message that was begun before and did not end may have taken the whole worker with it. It is suspected, and
@@ -39,7 +44,7 @@ from amqp import serialization
 from amqp.exceptions import FrameSyntaxError
 from celery import bootsteps
 from celery.concurrency.solo import TaskPool as Solo
-from celery.exceptions import TimeLimitExceeded
+from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from celery.worker import state
 from celery.worker.components import Pool
 from celery.worker.request import Request
@@ -122,6 +127,8 @@ class Batch:
         self.failure: BaseException | None = None
         self.waits_s = HOLD_FIRST_S
         """How long it waits before it is tried again, if it has to be."""
+        self.others_applied: int | None = None
+        """How many batches the intake had applied when this one was last held."""
         self.id = uuid()
         self.settlement = intake.settlement
         self._intake = intake
@@ -227,6 +234,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self._consumer = consumer
         self._hub: Any = None
         self._forgiven: set[str] = set()
+        self._applied = 0
         self._reset()
         consumer.intake = self
 
@@ -319,6 +327,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         if batch.settlement is not self.settlement or self.settlement is None:
             return  # the channel they came on is gone: they are delivered again, and found in the ledger
         self._in_flight.pop(batch.id, None)
+        self._applied += 1
         self.settlement.acknowledge(batch.tags)
         self._hand_over()
 
@@ -329,10 +338,13 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self._in_flight.pop(batch.id, None)
         failure = batch.failure
         log_failure = log.bind(task_id=batch.id, messages=len(batch.messages), reason=_reason(failure))
-        # Work in Python ends at the soft limit; what only the hard one ends is a wait for the database.
-        away = isinstance(failure, Unavailable | TimeLimitExceeded)
+        several = len(batch.messages) > 1
+        slow = isinstance(failure, SoftTimeLimitExceeded | TimeLimitExceeded) and (
+            several or batch.others_applied in (None, self._applied)
+        )
+        away = isinstance(failure, Unavailable) or (slow and not several)
         conflict = isinstance(failure, ConcurrencyConflict)
-        self._settle_account(batch, blameless=away or conflict)
+        self._settle_account(batch, blameless=away or slow or conflict)
         if conflict:
             metrics.BATCHES_FAILED.inc("given_back")
             log_failure.warning("batch_given_back")
@@ -345,7 +357,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
             metrics.BATCHES_FAILED.inc("isolated")
             log_failure.warning("batch_isolated")
             self._set_apart(batch, failure.tried)
-        elif len(batch.messages) > 1:
+        elif several:
             metrics.BATCHES_FAILED.inc("isolated")
             log_failure.error("batch_isolated")
             size = FEW if len(batch.messages) > FEW else 1
@@ -401,6 +413,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
             lonely=batch.lonely,
         )
         again.waits_s = min(batch.waits_s * 2, HOLD_MAX_S)
+        again.others_applied = self._applied
         self._hub.call_later(batch.waits_s, self._resume, again)
 
     def _received(self, queue: str, message: Any) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from celery import Celery
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, select, text
 
 from beat_schedule import TASK_QUEUE
 from positions.storage.tables import attempts, ledger, outbox, quarantine
@@ -25,6 +25,7 @@ from tests.integration.support import (
     POSITION_QUEUE,
     assert_positions_are_the_fold_of_the_ledger,
     channel_of,
+    execution,
     executions,
     publish,
 )
@@ -219,6 +220,62 @@ def test_who_loses_the_database_again_and_again_blames_no_message_for_it(
             assert wait_until(lambda: count(engine, attempts) == 0, limit_s=60)
             assert running.terminate() == 0
     assert_all_is_applied(engine, queues, 1)
+
+
+def test_a_database_too_slow_for_the_time_limit_is_no_fault_of_the_message_it_works_on(
+    engine: Engine, queues: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    sleeping(engine, 3)
+    publish_executions(queues, 1)
+    with worker(env, tmp_path, app="tests.integration.hurried_app") as running:
+        running.await_log("batch_held", times=5)
+        sleeping(engine, 0)
+        await_ledger(engine, 1)
+        assert running.terminate() == 0
+    assert "SoftTimeLimitExceeded" in running.log.read_text()
+    assert_all_is_applied(engine, queues, 1)
+
+
+def test_what_is_too_much_at_once_for_a_slow_database_is_applied_in_parts(
+    engine: Engine, queues: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    # One statement of seven seconds, which only the hard limit ends.
+    sleeping(engine, 0.7)
+    publish_executions(queues, 10)
+    with worker(env, tmp_path, app="tests.integration.hurried_app") as running:
+        await_ledger(engine, 10)
+        assert running.terminate() == 0
+    log = running.log.read_text()
+    assert "TimeLimitExceeded(5" in log
+    held = [json.loads(line) for line in log.splitlines() if '"event": "batch_held"' in line]
+    assert all(each["messages"] == 1 for each in held)
+    assert_all_is_applied(engine, queues, 10)
+
+
+def test_a_message_that_is_too_slow_while_others_are_applied_is_parked(
+    engine: Engine, queues: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    sleeping(engine, 3, keys="exec:SLOW-%")
+    messages = [execution("SLOW", "Buy", "1", "1"), *executions(400)]
+    published = 0
+    with worker(env, tmp_path, app="tests.integration.hurried_app") as running:
+
+        def parked() -> bool:
+            nonlocal published
+            part = messages[published : published + 10]
+            publish(queues, [(EXECUTION_QUEUE, each) for each in part])
+            published += len(part)
+            return count(engine, quarantine) == 1
+
+        assert wait_until(parked, limit_s=120, interval_s=1)
+        await_ledger(engine, published - 1)
+        assert running.logged("batch_held") == 1
+        assert running.terminate() == 0
+    with engine.connect() as connection:
+        reason = connection.execute(select(quarantine.c.reason)).scalar_one()
+    assert reason.startswith("failed 3 times alone: SoftTimeLimitExceeded")
+    assert count(engine, attempts) == 0
+    assert_positions_are_the_fold_of_the_ledger(engine)
 
 
 def test_a_full_disk_of_the_database_holds_events_until_there_is_room(

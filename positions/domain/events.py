@@ -4,13 +4,13 @@ Quantities and prices are exact decimals in the asset's own units, money is in U
 timezone-aware UTC.
 """
 
-from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
 from typing import NamedTuple, Self
 
 from positions.domain.numbers import ZERO
+from positions.domain.values import value_class
 
 
 class Mode(StrEnum):
@@ -59,7 +59,7 @@ class PositionKey(NamedTuple):
         return cls(asset, Mode(mode))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@value_class(frozen=True, kw_only=True, slots=True)
 class Entry:
     """One entry of the ledger.
 
@@ -87,7 +87,7 @@ class Entry:
     """Of an adjustment: the signed size of the leg that it took over."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@value_class(frozen=True, kw_only=True, slots=True)
 class Report:
     """A position as the venue sees it. A field the venue left out is None and decides nothing."""
 

@@ -4,7 +4,6 @@ Money in USDT, sizes in the asset's own units, all rounded once to 18 decimals.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 
@@ -13,11 +12,12 @@ from positions.domain.leg import Leg
 from positions.domain.numbers import ZERO, quotient, rounded
 from positions.domain.position import Held, Mark, State
 from positions.domain.reports import newest
+from positions.domain.values import value_class
 
 HUNDRED = Decimal(100)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@value_class(frozen=True, kw_only=True, slots=True)
 class Figures:
     """What is stored of a position and shown to its readers."""
 

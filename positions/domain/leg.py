@@ -3,13 +3,14 @@
 Every function here must run inside :func:`positions.domain.numbers.exact`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
 from typing import NamedTuple, Self
 
 from positions.domain.events import LegName
 from positions.domain.numbers import ZERO, proportion, quotient
+from positions.domain.values import value_class
 
 
 class FillOrder(NamedTuple):
@@ -20,7 +21,7 @@ class FillOrder(NamedTuple):
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class Fill:
     """One change of a leg: a trade, or a funding payment (quantity 0)."""
 
@@ -35,7 +36,7 @@ class Fill:
     """Told by an order report: an execution of the order takes its place."""
 
 
-@dataclass(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class Leg:
     """State of a leg; its average entry price is ``cost / abs(size)``."""
 

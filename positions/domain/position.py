@@ -17,6 +17,7 @@ from positions.domain.events import LegName, Mode, PositionKey, Report, TimeSour
 from positions.domain.leg import Fill, FillOrder, Leg
 from positions.domain.numbers import ZERO, proportion, quotient
 from positions.domain.reports import Field, deciding, newest, sized
+from positions.domain.values import value_class
 
 LEGS: Mapping[Mode, tuple[LegName, ...]] = {
     Mode.ONE_WAY: (LegName.NET,),
@@ -48,7 +49,7 @@ class Claim(NamedTuple):
         return f"{self.field}:{self.report.id}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@value_class(frozen=True, kw_only=True, slots=True)
 class Mark:
     """A valuation price, where it comes from and since when."""
 
@@ -57,7 +58,7 @@ class Mark:
     source: str
 
 
-@dataclass(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class Takeover:
     """A report that overruled the fills: size and average it set, and what it found."""
 
@@ -69,7 +70,7 @@ class Takeover:
     """The size that was held until then."""
 
 
-@dataclass(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class Held:
     """A leg as the position states it: the fold, corrected by what reports were allowed to overrule."""
 
@@ -89,7 +90,7 @@ class Held:
     """The claims it was settled on: field and id of each report that decided."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@value_class(frozen=True, kw_only=True, slots=True)
 class State:
     """Everything that is known of one position."""
 
@@ -116,7 +117,7 @@ class State:
         return Mark(price=report.mark, at=report.at, source="report")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@value_class(frozen=True, kw_only=True, slots=True)
 class Point:
     """A state of the past to fold on from, so that a late fill costs what came after it and not a history."""
 

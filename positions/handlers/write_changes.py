@@ -14,6 +14,7 @@ from positions.domain.events import Entry
 from positions.domain.figures import figures
 from positions.domain.numbers import exact
 from positions.domain.position import Point, Policy, State
+from positions.domain.values import value_class
 from positions.messages.outbound import PositionView
 from positions.messages.published import POSITION_UPDATED, position_updated
 from positions.settings import Settings
@@ -46,7 +47,7 @@ class Rules:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@value_class(frozen=True, kw_only=True, slots=True)
 class Change:
     """One position's way from what is stored to what is to be written."""
 

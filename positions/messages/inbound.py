@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 from positions.domain.events import Entry, Event, Kind, LegName, Mode, PositionKey, Report, TimeSource
 from positions.domain.numbers import INTEGER_DIGITS, SCALE, ZERO, exact, fits, plain
+from positions.domain.values import value_class
 from positions.errors import InvalidEvent
 
 RECORDS_MAX = 500
@@ -45,7 +46,7 @@ class Delivery(NamedTuple):
     received_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class Decoded:
     """What a message tells: events for positions, or the reason why it concerns none."""
 

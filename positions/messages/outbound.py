@@ -24,6 +24,7 @@ from positions.domain.figures import (
     unrealized_pct,
 )
 from positions.domain.numbers import exact, plain
+from positions.domain.values import value_class
 
 # What the documentation of the API is generated from: the types below, and the texts under the fields.
 DOCUMENTED = ConfigDict(use_attribute_docstrings=True)
@@ -35,7 +36,7 @@ Amount = Annotated[
 Time = Annotated[datetime, WithJsonSchema({"type": "string", "format": "date-time", "pattern": "Z$"})]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@value_class(frozen=True, kw_only=True, slots=True)
 class PositionView:
     """A position as its readers see it: what is stored, and what follows from it at a moment.
 

@@ -1,12 +1,12 @@
 """The outbox: messages for the neighbours, written in the transaction that made them true."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import Connection
 
+from positions.domain.values import value_class
 from positions.storage import arrays
 
 _KINDS = dict.fromkeys(("event_type", "trace_id", "body"), "text")
@@ -18,7 +18,7 @@ _INSERT = f"""
 """
 
 
-@dataclass(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class Message:
     """One message to publish. `event_type` is its routing key too."""
 

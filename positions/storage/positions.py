@@ -1,7 +1,7 @@
 """Stored positions: locked in key order, written where their version still matches."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -12,11 +12,12 @@ from positions.domain.figures import Figures
 from positions.domain.leg import Leg
 from positions.domain.numbers import ZERO
 from positions.domain.position import Held, Mark, Policy, State, advanced, empty, with_report
+from positions.domain.values import value_class
 from positions.errors import ConcurrencyConflict
 from positions.storage import arrays, codec
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@value_class(frozen=True, kw_only=True, slots=True)
 class Stored:
     """A position as it is in the database."""
 

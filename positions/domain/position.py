@@ -16,7 +16,7 @@ from typing import NamedTuple
 from positions.domain.events import LegName, Mode, PositionKey, Report, TimeSource
 from positions.domain.leg import Fill, FillOrder, Leg
 from positions.domain.numbers import ZERO, proportion, quotient
-from positions.domain.reports import Field, deciding, newest, sized
+from positions.domain.reports import Field, Newest, deciding, newest, sized
 from positions.domain.values import value_class
 
 LEGS: Mapping[Mode, tuple[LegName, ...]] = {
@@ -138,18 +138,29 @@ def empty(key: PositionKey) -> State:
 
 
 def with_report(state: State, report: Report) -> State:
-    """Return ``state`` with ``report`` known; ``state`` itself where it was.
+    """Return ``state`` with ``report`` known; ``state`` itself where it was."""
+    return with_reports(state, [report])[0]
 
-    What the legs make of it, and which reports are worth knowing then, is for `advanced` or `refolded` to
+
+def with_reports(state: State, reports: Iterable[Report]) -> tuple[State, list[Report]]:
+    """Return ``state`` with ``reports`` known, and those of them that were not.
+
+    What the legs make of them, and which reports are worth knowing then, is for `advanced` or `refolded` to
     say.
     """
-    if any(each.id == report.id and each.leg is report.leg for each in state.reports):
-        return state
-    return replace(state, reports=(*state.reports, report))
+    known = {(each.id, each.leg) for each in state.reports}
+    fresh = []
+    for report in reports:
+        if (report.id, report.leg) not in known:
+            known.add((report.id, report.leg))
+            fresh.append(report)
+    return replace(state, reports=(*state.reports, *fresh)) if fresh else state, fresh
 
 
 def _pruned(state: State) -> State:
     """Return ``state`` without the reports that can decide nothing any more."""
+    if not state.reports:
+        return state
     held = dict(state.held)
     kept: set[tuple[LegName, str]] = set()
     for name, each in state.held.items():
@@ -184,10 +195,17 @@ def advanced(state: State, fills: Sequence[Fill], policy: Policy) -> State | Non
         if settled is None:
             return None
         ledger[name], held[name] = leg, settled
-    if fills:
-        since = state.since_point + len(fills)
-        state = replace(state, last=fills[-1].order, since_point=since)
-    return _pruned(replace(state, ledger=ledger, held=held))
+    return _pruned(
+        State(
+            key=state.key,
+            ledger=ledger,
+            held=held,
+            reports=state.reports,
+            last=fills[-1].order if fills else state.last,
+            since_point=state.since_point + len(fills),
+            api_mark=state.api_mark,
+        )
+    )
 
 
 def _advanced_leg(
@@ -327,7 +345,10 @@ def _claims(reports: Sequence[Report], *, traded: bool) -> list[Claim]:
     Of an average and a realized PnL the newest counts. So it does of a size while the leg has no fills;
     with fills, older ones that may overrule count too: the newest may turn out to be no newer than a fill.
     """
-    winners = {field: report for field in _STEPS if (report := newest(reports, field))}
+    if not reports:
+        return []
+    newest_of = Newest(reports, tuple(_STEPS))
+    winners = {field: report for field in _STEPS if (report := newest_of.of(field))}
     claims = [Claim(report.at, field, report) for field, report in winners.items()]
     if traded and (size := winners.get("size")):
         # Of one time only the newest; none of a later time, which the venue's sequence says is older.

@@ -1,6 +1,7 @@
 """The newest exchange reports of a leg: last writer wins, field by field, whatever the arrival order."""
 
 from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime
 from typing import Literal
 
 from positions.domain.events import Report, TimeSource
@@ -9,30 +10,56 @@ Field = Literal["size", "average", "unrealized", "realized", "mark"]
 FIELDS: tuple[Field, ...] = ("size", "average", "unrealized", "realized", "mark")
 
 
-def newest(reports: Iterable[Report], field: Field) -> Report | None:
-    """Return the report that decides ``field``, or None where no report has it.
+_Ranked = tuple[tuple[int, datetime, str], Report]
+
+
+class Newest:
+    """Of the reports it has seen, those that decide a field.
 
     The venue's sequence orders the reports that have one; time, then id, the others. A comparison that
     used the sequence only where both have it would not be transitive, so the newest of each group is
     found first and the two are compared by time: any order of arrival gives the same answer.
     """
-    sequenced: Report | None = None
-    timed: Report | None = None
-    for report in reports:
-        if getattr(report, field) is None:
-            continue
-        if report.seq is not None:
-            if sequenced is None or (report.seq, report.at, report.id) > (
-                sequenced.seq or 0,
-                sequenced.at,
-                sequenced.id,
-            ):
-                sequenced = report
-        elif timed is None or (report.at, report.id) > (timed.at, timed.id):
-            timed = report
-    if sequenced is None or timed is None:
-        return sequenced or timed
-    return max(sequenced, timed, key=lambda report: (report.at, report.id))
+
+    def __init__(self, reports: Iterable[Report] = (), fields: Sequence[Field] = FIELDS) -> None:
+        self._fields = fields
+        self._sequenced: dict[Field, _Ranked] = {}
+        self._timed: dict[Field, _Ranked] = {}
+        for report in reports:
+            self.see(report)
+
+    def see(self, report: Report) -> bool:
+        """Return whether ``report`` decides a field now."""
+        if report.seq is None:
+            group, ranked = self._timed, ((-1, report.at, report.id), report)
+        else:
+            group, ranked = self._sequenced, ((report.seq, report.at, report.id), report)
+        decides = False
+        for field in self._fields:
+            if getattr(report, field) is None:
+                continue
+            best = group.get(field)
+            if best is None or ranked[0] > best[0]:
+                group[field] = ranked
+                decides = decides or self.of(field) is report
+        return decides
+
+    def of(self, field: Field) -> Report | None:
+        """Return the report that decides ``field``, or None where no report has it."""
+        sequenced, timed = self._sequenced.get(field), self._timed.get(field)
+        if sequenced is None or timed is None:
+            best = sequenced or timed
+            return best and best[1]
+        return timed[1] if timed[0][1:] > sequenced[0][1:] else sequenced[1]
+
+    def of_each_group(self) -> set[str]:
+        """Return the ids of the newest with a sequence and of the newest without one, of every field."""
+        return {report.id for group in (self._sequenced, self._timed) for _, report in group.values()}
+
+
+def newest(reports: Iterable[Report], field: Field) -> Report | None:
+    """Return the report that decides ``field``, or None where no report has it."""
+    return Newest(reports, (field,)).of(field)
 
 
 SIZED_KEPT = 4
@@ -54,17 +81,7 @@ def deciding(
     `SIZED_KEPT` newest of a size: one of them decides where a newer one turns out to be no newer than a fill.
     Those ``refused`` for an execution are not counted: it is never taken away, so they will never decide.
     """
-    groups = [
-        [report for report in reports if report.seq is not None],
-        [report for report in reports if report.seq is None],
-    ]
-    kept = {winner.id for group in groups for field in FIELDS if (winner := newest(group, field))}
+    kept = Newest(reports).of_each_group()
     able = [report for report in sized(reports) if report.id not in refused]
     kept.update(report.id for report in able[-SIZED_KEPT:])
     return tuple(report for report in reports if report.id in kept or report.id == in_effect)
-
-
-def stale(reports: Iterable[Report], new: Report) -> bool:
-    """Tell whether ``new`` decides no field beside ``reports``."""
-    among = (*reports, new)
-    return not any(newest(among, field) is new for field in FIELDS)

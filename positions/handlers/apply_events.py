@@ -11,8 +11,8 @@ from sqlalchemy import Connection
 from positions.domain.events import Entry, Event, Kind, PositionKey, Report, TimeSource
 from positions.domain.numbers import ZERO, exact
 from positions.domain.orders import changed_fills
-from positions.domain.position import Point, State, advanced, due_point, empty, with_report
-from positions.domain.reports import stale
+from positions.domain.position import Point, State, advanced, due_point, empty, with_reports
+from positions.domain.reports import Newest
 from positions.handlers.refold import Late, refold
 from positions.handlers.write_changes import Change, Rules, write_changes
 from positions.storage import ledger, positions, quarantine
@@ -174,17 +174,15 @@ def _arrival_of(report: Report) -> Entry:
 
 def _with_reports(state: State, reports: Sequence[Report], outcome: Outcome) -> tuple[State, list[Event]]:
     """Return ``state`` with ``reports`` merged, and those that told something new."""
-    fresh: list[Event] = []
-    for report in reports:
-        updated = with_report(state, report)
-        if updated is state:
-            outcome.counts["duplicate"] += 1
-        else:
-            # An older report may be kept for what it says of the size, and is stale all the same.
-            outcome.counts["stale" if stale(state.reports, report) else "applied"] += 1
-            fresh.append(report)
-            state = updated
-    return state, fresh
+    if not reports:
+        return state, []
+    merged, fresh = with_reports(state, reports)
+    outcome.counts["duplicate"] += len(reports) - len(fresh)
+    newest = Newest(state.reports)
+    for report in fresh:
+        # An older report may be kept for what it says of the size, and is stale all the same.
+        outcome.counts["applied" if newest.see(report) else "stale"] += 1
+    return merged, list(fresh)
 
 
 def adjustments(key: PositionKey, stored: Stored, after: State) -> list[Entry]:

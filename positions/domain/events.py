@@ -13,14 +13,20 @@ from positions.domain.numbers import ZERO
 from positions.domain.values import value_class
 
 
-class Mode(StrEnum):
+class Word(StrEnum):
+    """One of a few words; hashed as the text it is, for that of an enum is written in Python."""
+
+    __hash__ = str.__hash__
+
+
+class Mode(Word):
     """How the venue keeps a position: one signed size, or a long and a short leg side by side."""
 
     ONE_WAY = "one-way"
     HEDGE = "hedge"
 
 
-class LegName(StrEnum):
+class LegName(Word):
     """What fills fold into."""
 
     NET = "net"
@@ -28,7 +34,7 @@ class LegName(StrEnum):
     SHORT = "short"
 
 
-class TimeSource(StrEnum):
+class TimeSource(Word):
     """Where the time of an event comes from; only the event's own is trusted to overrule fills."""
 
     EVENT = "event"
@@ -36,7 +42,7 @@ class TimeSource(StrEnum):
     ARRIVAL = "arrival"
 
 
-class Kind(StrEnum):
+class Kind(Word):
     """Kind of a ledger entry."""
 
     TRADE = "trade"

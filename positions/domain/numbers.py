@@ -31,6 +31,7 @@ _EXACT = Context(
     prec=160, rounding=ROUND_HALF_EVEN, traps=[Inexact, InvalidOperation, DivisionByZero, Overflow]
 )
 _ROUNDING = Context(prec=320, rounding=ROUND_HALF_EVEN, traps=[InvalidOperation, DivisionByZero, Overflow])
+_FITTING = Context(prec=INTEGER_DIGITS + SCALE, traps=[Inexact, InvalidOperation])
 
 
 def exact() -> AbstractContextManager[Context]:
@@ -55,19 +56,10 @@ def rounded(amount: Decimal) -> Decimal:
 
 def fits(number: Decimal) -> bool:
     """Tell whether ``number`` is finite, below 1e20 and has no digit after the 18th decimal."""
-    _, digits, exponent = number.as_tuple()
-    if not isinstance(exponent, int):
+    try:
+        return number.quantize(_UNIT, context=_FITTING).is_finite()
+    except (InvalidOperation, Inexact):  # more digits than fit, or such as would be rounded away
         return False
-    if not number:
-        return True
-    if len(digits) + exponent > INTEGER_DIGITS:
-        return False
-    if exponent >= -SCALE:
-        return True
-    # More decimals than we keep are fine where they are zeros. The exponent was bounded from above
-    # only, so compare digits instead of building 10 ** exponent.
-    excess = -exponent - SCALE
-    return excess < len(digits) and not any(digits[-excess:])
 
 
 def plain(number: Decimal) -> str:

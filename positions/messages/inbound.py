@@ -123,7 +123,7 @@ def _each(envelope: Record, events_of: Callable[[Record, int, str], Iterable[Eve
 def trace_id(envelope: Record, headers: Record) -> str:
     """Return the message's trace id, or "" where it has none that is well-formed."""
     for value in (envelope.get("trace_id"), headers.get("trace_id")):
-        if isinstance(value, str) and 0 < len(value) <= TEXT_MAX and not _CONTROL.search(value):
+        if isinstance(value, str) and 0 < len(value) <= TEXT_MAX and not _has_control(value):
             return value
     return ""
 
@@ -163,8 +163,9 @@ class _Source:
 def _parse(body: bytes) -> Record:
     """Return the JSON object in ``body``, numbers with a fraction as exact decimals."""
     try:
-        # As json.loads does it, which makes a new decoder for each message.
-        parsed = _decoder.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
+        # As json.loads does it, which makes a new decoder for each message, and looks longer at each.
+        encoding = "utf-8" if body.startswith(b'{"') else json.detect_encoding(body)
+        parsed = _decoder.decode(body.decode(encoding, "surrogatepass"))
     except InvalidEvent:
         raise
     except (ValueError, InvalidOperation) as error:
@@ -216,7 +217,7 @@ def _amount(value: Any) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, int | str | Decimal):
         raise ValueError("must be a number")
     try:
-        number = Decimal(value.strip() if isinstance(value, str) else value)
+        number = Decimal(value)
     except InvalidOperation:
         raise ValueError(f"{_quoted(value)} is not a number") from None
     if not number.is_finite():
@@ -255,11 +256,16 @@ def _moment(value: Any) -> datetime | None:
     return at
 
 
+def _has_control(text: str) -> bool:
+    # What is printable has none, and is told in half the time.
+    return not text.isprintable() and _CONTROL.search(text) is not None
+
+
 def _text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError("must be text")
     text = str(value).strip()
-    if not text or len(text) > TEXT_MAX or _CONTROL.search(text):
+    if not text or len(text) > TEXT_MAX or _has_control(text):
         raise ValueError(f"must be 1 to {TEXT_MAX} characters without control characters")
     return text
 
@@ -322,7 +328,7 @@ def _quoted(value: Any) -> str:
 
 
 Reader = Callable[[Any], Any]
-Names = Mapping[str, tuple[Reader, tuple[str, ...]]]
+Fields = Mapping[str, tuple[Reader, tuple[str, ...]]]
 """Of each field what reads its value, and its spellings; the first one that has a value counts."""
 
 
@@ -336,22 +342,40 @@ def _read(field: str, reader: Reader, value: Any) -> Any:
         raise InvalidEvent(str(error), field) from None
 
 
-def _given(names: Names, *records: Record) -> dict[str, Any]:
-    """Return what the records say of each field, read; the first that cannot be is named."""
-    return {
-        field: _read(field, reader, _pick(records, spellings)) for field, (reader, spellings) in names.items()
-    }
+class _Names:
+    """The fields of a kind of record, found by the names that a record has: fewer than it might have."""
+
+    def __init__(self, fields: Fields) -> None:
+        self.fields = fields
+        self._readers = {field: reader for field, (reader, _) in fields.items()}
+        self._field_of = {name: field for field, (_, spellings) in fields.items() for name in spellings}
+
+    def given(self, *records: Record) -> dict[str, Any]:
+        """Return what the records say of each field they have, read; the first that cannot be is named."""
+        raw: dict[str, Any] = {}
+        for record in records:
+            for name, value in record.items():
+                field = self._field_of.get(name)
+                if field is None or value is None or value == "":
+                    continue
+                # Said twice: the order of records and spellings counts, not that of the names in a record.
+                raw[field] = _pick(records, self.fields[field][1]) if field in raw else value
+        readers = self._readers
+        try:
+            return {field: readers[field](value) for field, value in raw.items()}
+        except ValueError:
+            return {field: _read(field, reader, raw.get(field)) for field, reader in readers.items()}
 
 
 @dataclass(slots=True)
 class _Place:
     """Which position and leg a record is about."""
 
-    symbol: str | None
-    mode: Mode | LegName | None
-    position_idx: Mode | LegName | None
-    position_side: LegName | None
-    side: int | None
+    symbol: str | None = None
+    mode: Mode | LegName | None = None
+    position_idx: Mode | LegName | None = None
+    position_side: LegName | None = None
+    side: int | None = None
 
     @property
     def key(self) -> PositionKey:
@@ -377,7 +401,7 @@ class _Place:
         return None
 
 
-_PLACE: Names = {
+_PLACE: Fields = {
     "symbol": (_asset, ("symbol", "asset")),
     "mode": (_mode, ("mode",)),
     "position_idx": (_mode, ("positionIdx", "position_idx")),
@@ -388,31 +412,33 @@ _PLACE: Names = {
 
 @dataclass(slots=True)
 class _Report(_Place):
-    size: Decimal | None
-    avg_price: Decimal | None
-    unrealised_pnl: Decimal | None
-    realised_pnl: Decimal | None
-    mark_price: Decimal | None
-    timestamp: datetime | None
-    seq: int | None
+    size: Decimal | None = None
+    avg_price: Decimal | None = None
+    unrealised_pnl: Decimal | None = None
+    realised_pnl: Decimal | None = None
+    mark_price: Decimal | None = None
+    timestamp: datetime | None = None
+    seq: int | None = None
 
 
-_REPORT_NAMES: Names = {
-    **_PLACE,
-    "size": (_amount, ("size",)),
-    "avg_price": (_amount, ("avg_price", "avgPrice", "entry_price", "entryPrice")),
-    "unrealised_pnl": (_amount, ("unrealised_pnl", "unrealisedPnl")),
-    "realised_pnl": (_amount, ("realised_pnl", "cum_realised_pnl", "cumRealisedPnl", "realisedPnl")),
-    "mark_price": (_amount, ("mark_price", "markPrice")),
-    "timestamp": (_moment, ("timestamp", "updatedTime", "updated_time")),
-    "seq": (_whole, ("seq",)),
-}
+_REPORT_NAMES = _Names(
+    {
+        **_PLACE,
+        "size": (_amount, ("size",)),
+        "avg_price": (_amount, ("avg_price", "avgPrice", "entry_price", "entryPrice")),
+        "unrealised_pnl": (_amount, ("unrealised_pnl", "unrealisedPnl")),
+        "realised_pnl": (_amount, ("realised_pnl", "cum_realised_pnl", "cumRealisedPnl", "realisedPnl")),
+        "mark_price": (_amount, ("mark_price", "markPrice")),
+        "timestamp": (_moment, ("timestamp", "updatedTime", "updated_time")),
+        "seq": (_whole, ("seq",)),
+    }
+)
 
 
 def _reports(record: Record, source: _Source, index: int) -> list[Report]:
     """Return the report in ``record``; two where it says that both legs of a hedge are flat."""
     raw = record.get("raw")
-    wire = _Report(**_given(_REPORT_NAMES, record, *([raw] if isinstance(raw, dict) else [])))
+    wire = _Report(**_REPORT_NAMES.given(record, *([raw] if isinstance(raw, dict) else [])))
     if wire.avg_price is not None and wire.avg_price < 0:
         raise InvalidEvent("must not be negative", "avg_price")
     if wire.mark_price is not None and wire.mark_price < 0:
@@ -460,18 +486,18 @@ def _signed(wire: _Report, leg: LegName) -> Decimal | None:
 
 @dataclass(slots=True)
 class _Execution(_Place):
-    quantity: Decimal | None
-    price: Decimal | None
-    fee: Decimal | None
-    executed_at: datetime | None
-    execution_id: str | None
-    order_id: str | None
-    closed_size: Decimal | None
-    exec_type: str | None
-    seq: int | None
+    quantity: Decimal | None = None
+    price: Decimal | None = None
+    fee: Decimal | None = None
+    executed_at: datetime | None = None
+    execution_id: str | None = None
+    order_id: str | None = None
+    closed_size: Decimal | None = None
+    exec_type: str | None = None
+    seq: int | None = None
 
 
-_EXECUTION_NAMES: Names = {
+_EXECUTION_FIELDS: Fields = {
     **_PLACE,
     "quantity": (_amount, ("execution_quantity", "exec_qty", "execQty")),
     "price": (_amount, ("execution_price", "exec_price", "execPrice")),
@@ -483,18 +509,21 @@ _EXECUTION_NAMES: Names = {
     "exec_type": (_text, ("exec_type", "execType")),
     "seq": (_whole, ("seq",)),
 }
+_EXECUTION_NAMES = _Names(_EXECUTION_FIELDS)
 # position_updated_from_order: one execution all the same, with the quantity under another name.
-_FILLED_NAMES: Names = {
-    **_EXECUTION_NAMES,
-    "quantity": (_amount, ("filled_quantity", "execution_quantity")),
-    "price": (_amount, ("execution_price", "average_price", "price")),
-    "fee": (_amount, ("execution_fees", "execution_fee", "fees")),
-}
+_FILLED_NAMES = _Names(
+    {
+        **_EXECUTION_FIELDS,
+        "quantity": (_amount, ("filled_quantity", "execution_quantity")),
+        "price": (_amount, ("execution_price", "average_price", "price")),
+        "fee": (_amount, ("execution_fees", "execution_fee", "fees")),
+    }
+)
 
 
 def _execution(record: Record, source: _Source, *, filled: bool = False, place: str = "") -> Entry:
     """Return the ledger entry of one execution."""
-    wire = _Execution(**_given(_FILLED_NAMES if filled else _EXECUTION_NAMES, record))
+    wire = _Execution(**(_FILLED_NAMES if filled else _EXECUTION_NAMES).given(record))
     exec_type = wire.exec_type or "Trade"
     funding = exec_type == "Funding"
     if not funding and exec_type not in TRADE_TYPES:
@@ -536,21 +565,23 @@ def _execution(record: Record, source: _Source, *, filled: bool = False, place: 
 
 @dataclass(slots=True)
 class _Order(_Place):
-    filled_quantity: Decimal | None
-    average_price: Decimal | None
-    fees: Decimal | None
-    executed_at: datetime | None
-    order_id: str | None
+    filled_quantity: Decimal | None = None
+    average_price: Decimal | None = None
+    fees: Decimal | None = None
+    executed_at: datetime | None = None
+    order_id: str | None = None
 
 
-_ORDER_NAMES: Names = {
-    **_PLACE,
-    "filled_quantity": (_amount, ("filled_quantity",)),
-    "average_price": (_amount, ("average_price",)),
-    "fees": (_amount, ("fees",)),
-    "executed_at": (_moment, ("executed_at",)),
-    "order_id": (_text, ("order_id", "id")),
-}
+_ORDER_NAMES = _Names(
+    {
+        **_PLACE,
+        "filled_quantity": (_amount, ("filled_quantity",)),
+        "average_price": (_amount, ("average_price",)),
+        "fees": (_amount, ("fees",)),
+        "executed_at": (_moment, ("executed_at",)),
+        "order_id": (_text, ("order_id", "id")),
+    }
+)
 
 
 def _order_report(kind: str, record: Record, source: _Source) -> Decoded:
@@ -564,7 +595,7 @@ def _order_report(kind: str, record: Record, source: _Source) -> Decoded:
         return Decoded(ignored="dry_run")
     if kind in IGNORED_TYPES and (kind != "cancelled" or not _filled(order)):
         return Decoded(ignored=kind)
-    wire = _Order(**_given(_ORDER_NAMES, order, record))
+    wire = _Order(**_ORDER_NAMES.given(order, record))
     quantity = _traded(wire.side, wire.filled_quantity, "filled_quantity")
     _check_price(wire.average_price, "Trade", "average_price")
     if wire.order_id is None:

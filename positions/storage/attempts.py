@@ -5,12 +5,11 @@ of messages whose process was lost with them.
 """
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, delete
 
-KEPT = timedelta(days=1)
-"""A row of a message that did not come again, say because its queue was purged, is deleted after this."""
+from positions.storage.tables import attempts
 
 # Sorted, as all that is locked.
 _BEGUN = """
@@ -25,7 +24,7 @@ _BEGUN = """
 _DONE = """
     DELETE FROM attempts WHERE digest IN (
         SELECT digest FROM attempts
-        WHERE digest = ANY(%(digest)s::text[]) OR last_begun_at < %(before)s
+        WHERE digest = ANY(%(digest)s::text[])
         ORDER BY digest FOR UPDATE
     )
 """
@@ -39,11 +38,11 @@ def begun(
     Args:
         connection: its transaction must end before the messages are applied.
         queues: queue of each message, by digest.
-        alone: whether it is only one, and nothing else is done meanwhile.
+        alone: whether they are few or one, apart from others, and nothing else is done meanwhile.
         now: the time.
 
     Returns:
-        For each digest how often it was begun alone, this time included, and whether it was begun before.
+        For each digest how often it was begun apart, this time included, and whether it was begun before.
     """
     rows = connection.exec_driver_sql(
         _BEGUN, {"digest": list(queues), "queue": list(queues.values()), "alone": int(alone), "now": now}
@@ -51,6 +50,11 @@ def begun(
     return {row.digest: (row.alone, row.known) for row in rows}
 
 
-def done(connection: Connection, digests: Sequence[str], *, now: datetime) -> None:
+def done(connection: Connection, digests: Sequence[str]) -> None:
     """Forget messages whose process lived to tell what became of them."""
-    connection.exec_driver_sql(_DONE, {"digest": list(digests), "before": now - KEPT})
+    connection.exec_driver_sql(_DONE, {"digest": list(digests)})
+
+
+def forget(connection: Connection, *, before: datetime) -> None:
+    """Delete rows of messages that were last begun ``before`` and did not come again."""
+    connection.execute(delete(attempts).where(attempts.c.last_begun_at < before))

@@ -74,14 +74,14 @@ def apply_batch(
     def done() -> None:
         in_transaction(
             own.engine,
-            lambda connection: attempts.done(connection, list(queues), now=datetime.now(UTC)),
+            lambda connection: attempts.done(connection, list(queues)),
             retry=own.retry,
         )
 
     # Tried once: with the tries of what follows it must end before the soft limit.
     with transaction(own.engine) as connection:
         if forgiven:
-            attempts.done(connection, forgiven, now=datetime.now(UTC))
+            attempts.done(connection, forgiven)
         begun = attempts.begun(connection, queues, alone=lonely, now=datetime.now(UTC))
         suspects = {digest: alone for digest, (alone, known) in begun.items() if known}
         if suspects and not lonely:
@@ -90,7 +90,7 @@ def apply_batch(
         ((digest, (alone, _)),) = begun.items()
         log.warning("event_suspected", queue=queues[digest], digest=digest, attempts=alone)
         if alone > ALONE_ATTEMPTS:
-            park = park or f"begun {alone - 1} times alone and never ended: it takes its worker with it"
+            park = park or f"begun {alone - 1} times apart and never ended: it takes its worker with it"
     try:
         result = _apply_batch(messages, park=park)
     except (ConcurrencyConflict, Unavailable):

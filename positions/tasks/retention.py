@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 from sqlalchemy import Engine
 
-from positions.storage import retention, slots, snapshots
+from positions.storage import attempts, retention, slots, snapshots
 from positions.storage.database import Result, Retry, in_transaction
 from positions.tasks import resources
 from positions.tasks.jobs import job
@@ -20,6 +20,8 @@ SETTLED_KEPT_FOR = timedelta(days=365)
 """So long are replayed messages and resolved breaks kept. One that was not replayed or resolved stays."""
 SLOTS_KEPT_FOR = timedelta(days=30)
 """Longer than a slot that was missed may still be taken."""
+ATTEMPTS_KEPT_FOR = timedelta(days=1)
+"""So long is a message known to have been begun and not to have ended; its queue may be purged since."""
 # A statement that reads snapshots takes 8 s at most: one of the tries meets none.
 _RETRY = Retry(retries=8, base_ms=50)
 
@@ -39,6 +41,7 @@ def tidy(own: resources.Resources, *, now: datetime) -> dict[str, int]:
     engine, before = own.engine, now - timedelta(days=own.settings.snapshot_retention_days)
     _do(engine, slots.forget, before=now - SLOTS_KEPT_FOR)
     settled = now - SETTLED_KEPT_FOR
+    _do(engine, attempts.forget, before=now - ATTEMPTS_KEPT_FOR)
     done = {
         "replayed_deleted": _delete_settled(engine, retention.delete_replayed, settled),
         "breaks_deleted": _delete_settled(engine, retention.delete_resolved, settled),

@@ -54,6 +54,15 @@ class Expected:
     funding: Fraction = Fraction(0)
     realized: Fraction = Fraction(0)
     unrealized: Fraction | None = None
+    mark: Fraction | None = None
+
+
+class Takeover(NamedTuple):
+    """The newest reported size and average, which overrule the fills before it."""
+
+    at: datetime
+    size: Fraction
+    average: Fraction
 
 
 @dataclass
@@ -64,11 +73,17 @@ class _Leg:
     fees: Fraction = Fraction(0)
     funding: Fraction = Fraction(0)
 
+    def overrule(self, taken: Takeover) -> None:
+        self.size, self.cost = taken.size, abs(taken.size) * taken.average
 
-def _fold(fills: Sequence[Fill], *, opens: int | None = None) -> _Leg:
+
+def _fold(fills: Sequence[Fill], *, opens: int | None = None, taken: Takeover | None = None) -> _Leg:
     """Fold ``fills``; ``opens`` is the sign of a hedge leg, which never goes through zero."""
     leg = _Leg()
     for fill in sorted(fills, key=lambda each: (each.at, each.key)):
+        if taken and taken.at < fill.at:
+            leg.overrule(taken)
+            taken = None
         leg.fees += fill.fee
         leg.funding += fill.funding
         quantity, notional = fill.quantity, fill.notional
@@ -91,6 +106,8 @@ def _fold(fills: Sequence[Fill], *, opens: int | None = None) -> _Leg:
         if quantity:
             leg.size += quantity
             leg.cost += notional
+    if taken:
+        leg.overrule(taken)
     return leg
 
 
@@ -100,8 +117,8 @@ class Market:
 
     messages: list[Message] = field(default_factory=list)
     """In the order of publication, duplicates among them."""
-    poison: set[bytes] = field(default_factory=set)
-    """Bodies that belong into quarantine."""
+    poison: dict[bytes, tuple[str, ...]] = field(default_factory=dict)
+    """Bodies that belong into quarantine, and how the reason for each may begin."""
     keys: set[str] = field(default_factory=set)
     """Ledger keys of all fills and order reports."""
     positions: dict[tuple[str, str], Expected] = field(default_factory=dict)
@@ -114,13 +131,18 @@ class _Maker:
         self.good: list[Message] = []
         self.keys: set[str] = set()
         self.fills: defaultdict[tuple[str, str, str], list[Fill]] = defaultdict(list)
-        self.last_report: dict[str, dict[str, Decimal]] = {}
+        self.told: dict[str, Expected] = {}
         self.marks: dict[str, tuple[datetime, Decimal]] = {}
-        self.taken: dict[str, tuple[datetime, dict[str, Decimal]]] = {}
-        self._ticks = iter(self.random.sample(range(10_000_000), 200_000))
+        self.taken: dict[str, Takeover] = {}
+        self._ticks: set[int] = set()
 
     def time(self) -> datetime:
-        return BEGINNING + timedelta(milliseconds=next(self._ticks))
+        """Return a time that no other event has."""
+        tick = 0
+        while tick % 1000 == 0 or tick in self._ticks:  # at whole seconds there are others
+            tick = self.random.randrange(10_000_000)
+        self._ticks.add(tick)
+        return BEGINNING + timedelta(milliseconds=tick)
 
     def amount(self, low: int, high: int, decimals: int) -> Decimal:
         return Decimal(self.random.randint(low, high)).scaleb(-decimals)
@@ -193,72 +215,74 @@ class _Maker:
             self.fills[asset, "one-way", "net"].append(fill)
             self.publish(ORDER_QUEUE, {"event_type": kind, "order": order, "trace_id": f"trace-{key}"})
 
+    def price(self) -> Decimal:
+        return self.amount(100_000, 130_000, 3)
+
+    def size(self) -> Decimal:
+        return self.amount(500_000, 900_000, 4) * self.random.choice((1, -1))
+
     def report(self, asset: str, at: datetime, **figures: Decimal) -> None:
         size = figures.pop("size", None)
         data: dict[str, Any] = {"symbol": asset, "updatedTime": round(at.timestamp() * 1000)}
         if size is not None:
             data |= {"size": str(abs(size)), "side": "Buy" if size > 0 else "Sell"}
         data |= {name: str(value) for name, value in figures.items()}
+        if (mark := figures.get("markPrice")) and (asset not in self.marks or at > self.marks[asset][0]):
+            self.marks[asset] = at, mark
         identity = f"r-{asset}-{data['updatedTime']}"
         content = {"event_type": "position", "event_id": identity, "data": data, "trace_id": identity}
         self.publish(POSITION_QUEUE, content)
 
-    def told_only(self, asset: str, number: int) -> None:
-        """A position that only exchange reports tell of: the newest decides."""
-        newest: tuple[datetime, dict[str, Decimal]] | None = None
-        for _ in range(number):
-            at = self.time()
-            figures = {
-                "size": self.amount(1, 90_000, 4) * self.random.choice((1, -1)),
-                "avgPrice": self.amount(100_000, 130_000, 3),
-                "markPrice": self.amount(100_000, 130_000, 3),
-                "unrealisedPnl": self.amount(-90_000, 90_000, 4),
-                "cumRealisedPnl": self.amount(-90_000, 90_000, 4),
-            }
-            self.report(asset, at, **figures)
-            if newest is None or at > newest[0]:
-                newest = at, figures
-        if newest:
-            self.last_report[asset] = newest[1]
+    def told_only(self, asset: str) -> None:
+        """A position that only exchange reports tell of: of each field the newest that has it decides.
 
-    def marked(self, asset: str, number: int) -> None:
-        for _ in range(number):
-            at, price = self.time(), self.amount(100_000, 130_000, 3)
-            self.report(asset, at, markPrice=price)
-            if asset not in self.marks or at > self.marks[asset][0]:
-                self.marks[asset] = at, price
+        All reports but the oldest have one field, or two, that no other newer one has: each shows.
+        """
+        times = sorted(self.time() for _ in range(5))
+        size, average, mark = self.size(), self.price(), self.price()
+        unrealized, realized = self.amount(-90_000, 90_000, 4), self.amount(-90_000, 90_000, 4)
+        self.report(
+            asset,
+            times[0],
+            size=self.size(),
+            avgPrice=self.price(),
+            markPrice=self.price(),
+            unrealisedPnl=self.amount(-90_000, 90_000, 4),
+            cumRealisedPnl=self.amount(-90_000, 90_000, 4),
+        )
+        self.report(asset, times[1], size=size, avgPrice=average)
+        self.report(asset, times[2], cumRealisedPnl=realized)
+        self.report(asset, times[3], markPrice=mark)
+        self.report(asset, times[4], unrealisedPnl=unrealized)
+        self.told[asset] = Expected(
+            size=Fraction(size),
+            average=Fraction(average),
+            realized=Fraction(realized),
+            unrealized=Fraction(unrealized),
+            mark=Fraction(mark),
+        )
 
-    def overruled(self, asset: str, number: int) -> None:
-        """Reports of a size and average the fills know nothing of; the last is newer than every fill."""
-        end = BEGINNING + timedelta(seconds=20_000)
-        for each in range(number):
-            at = end if each == number - 1 else self.time()
-            figures = {
-                "size": self.amount(500_000, 900_000, 4) * self.random.choice((1, -1)),
-                "avgPrice": self.amount(100_000, 130_000, 3),
-                "markPrice": self.amount(100_000, 130_000, 3),
-            }
-            self.report(asset, at, **figures)
-            self.taken[asset] = at, figures
+    def marked(self, asset: str) -> None:
+        """Two marks, of which the newer decides."""
+        for _ in range(2):
+            self.report(asset, self.time(), markPrice=self.price())
+
+    def overruled(self, asset: str) -> None:
+        """Two reports of a size and average the fills know nothing of; what came after them folds on top."""
+        for at in sorted(self.time() for _ in range(2)):
+            size, average = self.size(), self.price()
+            self.report(asset, at, size=size, avgPrice=average, markPrice=self.price())
+            self.taken[asset] = Takeover(at, Fraction(size), Fraction(average))
 
     def expected(self) -> Iterator[tuple[tuple[str, str], Expected]]:
-        for asset, figures in self.last_report.items():
-            realized = Fraction(figures["cumRealisedPnl"])
-            yield (
-                (asset, "one-way"),
-                Expected(
-                    size=Fraction(figures["size"]),
-                    average=Fraction(figures["avgPrice"]),
-                    realized=realized,
-                    unrealized=Fraction(figures["unrealisedPnl"]),
-                ),
-            )
+        for asset, told in self.told.items():
+            yield (asset, "one-way"), told
         for asset, mode in {(asset, mode) for asset, mode, _ in self.fills}:
             if mode == "hedge":
                 legs = [_fold(self.fills[asset, mode, "long"], opens=1)]
                 legs.append(_fold(self.fills[asset, mode, "short"], opens=-1))
             else:
-                legs = [_fold(self.fills[asset, mode, "net"])]
+                legs = [_fold(self.fills[asset, mode, "net"], taken=self.taken.get(asset))]
             found = Expected(
                 size=sum((leg.size for leg in legs), Fraction(0)),
                 gross=sum((leg.gross for leg in legs), Fraction(0)),
@@ -269,37 +293,40 @@ class _Maker:
             opened = [leg for leg in legs if leg.size]
             if len(opened) == 1:
                 found.average = opened[0].cost / abs(opened[0].size)
-            mark = self.marks.get(asset, (None, None))[1]
-            if taken := self.taken.get(asset):
-                figures = taken[1]
-                found.size, found.average = Fraction(figures["size"]), Fraction(figures["avgPrice"])
-                mark = figures["markPrice"]
-            if mark is not None and found.average is not None:
-                found.unrealized = found.size * (Fraction(mark) - found.average)
+            if mode == "one-way" and asset in self.marks:
+                found.mark = Fraction(self.marks[asset][1])
+                if not found.size:
+                    found.unrealized = Fraction(0)
+                elif found.average is not None:
+                    found.unrealized = found.size * (found.mark - found.average)
             yield (asset, mode), found
 
 
-def _poison(number: int) -> list[Message]:
-    """Messages that can never be applied, each another one."""
+def _poison(number: int) -> dict[bytes, tuple[str, ...]]:
+    """Return messages that can never be applied, each another one, and how the reason for it may begin."""
     execution = {"event_type": "order_executed", "asset": "BADUSDT", "side": "Buy", "execution_price": "1"}
-    made = []
+    made = {}
+    lost = ("failed 3 times alone: WorkerLostError", "begun 3 times apart")
     for each in range(number):
         fatal = {**execution, "execution_quantity": "1", "execution_id": f"bad-{each}"}
-        contents: list[Any] = [
-            b'{"event_type": "order_exec' + str(each).encode(),
-            b'{"event_type": "order_executed", "asset": "BADUSDT", "execution_price": NaN}%d' % each,
-            {"event_type": "order_teleported", "number": each},
-            {**execution, "execution_quantity": f"1e{30 + each}"},
-            b"\xff\xfe\x00" + str(each).encode(),
-            {**execution, "execution_quantity": "-1", "number": each},
+        contents: list[tuple[Any, tuple[str, ...]]] = [
+            (b'{"event_type": "order_exec' + str(each).encode(), ("not JSON",)),
+            (
+                b'{"event_type": "order_executed", "asset": "BADUSDT", "execution_price": NaN}%d' % each,
+                ("NaN",),
+            ),
+            ({"event_type": "order_teleported", "number": each}, ("unknown event type",)),
+            ({**execution, "execution_quantity": f"1e{30 + each}"}, ("more than 20 integer digits",)),
+            (b"\xff\xfe\x00" + str(each).encode(), ("not JSON",)),
+            ({**execution, "execution_quantity": "-1", "number": each}, ("must be above 0",)),
         ]
         if each < 2:
-            contents.append({**fatal, "asset": KILLER})
+            contents.append(({**fatal, "asset": KILLER}, lost))
         if each < 1:
-            contents.append({**fatal, "asset": ASSASSIN})
-        for content in contents:
+            contents.append(({**fatal, "asset": ASSASSIN}, lost[1:]))
+        for content, reasons in contents:
             body = content if isinstance(content, bytes) else json.dumps(content).encode()
-            made.append(Message(EXECUTION_QUEUE, body))
+            made[body] = reasons
     return made
 
 
@@ -313,21 +340,25 @@ def make(seed: int, executions: int) -> Market:
             maker.execution(number, maker.random.choice(hedged), "hedge")
         else:
             maker.execution(number, maker.random.choice(one_way), "one-way")
-    orders, told, marks = executions // 50, executions // 1000 + 3, executions // 2000 + 3
+    orders = executions // 50
+    ordered = [f"O{number}USDT" for number in range(15)]
     for number in range(orders):
-        maker.order(number, f"O{number % 15}USDT")
-    for number in range(15):
-        maker.told_only(f"R{number}USDT", told)
-        maker.marked(one_way[number], marks)
-    for number in range(20, 26):
-        maker.overruled(one_way[number], 5)
+        maker.order(number, ordered[number % len(ordered)])
+    for number in range(15 + executions // 200):
+        maker.told_only(f"R{number}USDT")
+    for asset in (*one_way, *ordered):
+        if any(key[0] == asset for key in maker.fills):
+            maker.marked(asset)
+    for asset in one_way[20:32]:
+        if (asset, "one-way", "net") in maker.fills:
+            maker.overruled(asset)
     poison = _poison(max(2, executions // 4000))
     doubled = maker.random.sample(maker.good, len(maker.good) // 20)
-    messages = [*maker.good, *doubled, *poison]
+    messages = [*maker.good, *doubled, *(Message(EXECUTION_QUEUE, body) for body in poison)]
     maker.random.shuffle(messages)
     return Market(
         messages=messages,
-        poison={each.body for each in poison},
+        poison=poison,
         keys=maker.keys,
         positions=dict(maker.expected()),
         counts={

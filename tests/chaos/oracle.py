@@ -24,6 +24,9 @@ from tests.integration.support import RULES, channel_of
 
 PUBLISHED_QUEUE = "position-manager.position_updated"
 
+TOLD = ("size", "average_entry_price", "current_price", "unrealized_pnl", "realized_pnl")
+"""Figures of a position that are published as they are stored."""
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -67,7 +70,8 @@ def checks(
             ).scalars()
         )
         rows = connection.execute(select(tables.positions)).mappings().all()
-        kept = Counter(bytes(body) for body in connection.execute(select(tables.quarantine.c.body)).scalars())
+        parked = connection.execute(select(tables.quarantine.c.body, tables.quarantine.c.reason))
+        kept = {bytes(body): reason for body, reason in parked}
         counted = connection.execute(select(tables.attempts)).all()
     known = {(row["asset"], row["mode"]): dict(row) for row in rows}
     missing, strange = market.keys - keys.keys(), keys.keys() - market.keys
@@ -79,7 +83,7 @@ def checks(
         ),
         Check(
             "positions are what an independent recomputation gives",
-            list(_different(market.positions, known)),
+            list(differences(market.positions, known)),
             f"{len(known)} positions",
         ),
         Check("positions are the fold of the ledger, digit for digit", list(_not_the_fold(engine))),
@@ -94,17 +98,26 @@ def checks(
         ),
         Check(
             "quarantine holds the poison and nothing else",
-            [f"missing: {body!r}" for body in sorted(market.poison - kept.keys())]
-            + [f"no poison: {body!r}" for body in sorted(kept.keys() - market.poison)],
+            [f"missing: {body!r}" for body in sorted(market.poison.keys() - kept.keys())]
+            + [f"no poison: {body!r}: {kept[body]}" for body in sorted(kept.keys() - market.poison.keys())],
             f"{len(kept)} messages",
+        ),
+        Check(
+            "the reasons in quarantine are true",
+            [
+                f"{body!r}: {reason}"
+                for body, reason in sorted(kept.items())
+                if not reason.startswith(market.poison.get(body, ""))
+            ],
         ),
         Check("nothing is suspected any more", [f"{row.digest}: {row.alone}" for row in counted]),
     ]
 
 
-def _different(
+def differences(
     expected: dict[tuple[str, str], Expected], found: dict[tuple[str, str], dict[str, Any]]
 ) -> Iterator[str]:
+    """Yield what is not as ``expected`` in the rows ``found``, both by asset and mode."""
     for key in sorted(expected.keys() | found.keys()):
         if key not in found or key not in expected:
             yield f"{key}: {'not stored' if key not in found else 'unknown'}"
@@ -118,6 +131,7 @@ def _different(
             "funding_received": wanted.funding,
             "realized_pnl": wanted.realized,
             "unrealized_pnl": wanted.unrealized,
+            "current_price": wanted.mark,
         }
         for name, value in figures.items():
             if value is None:
@@ -158,7 +172,10 @@ def _wrongly_published(
             absent = sorted(set(range(1, row["version"] + 1)) - set(told))
             found = f"{len(told)} of {row['version']} versions, absent {absent[:5]}, or in disorder"
             yield f"{asset} {mode}: {found}"
-        elif Fraction(last[id_]["size"]) != Fraction(row["size"]):
-            yield f"{asset} {mode}: last told a size of {last[id_]['size']}, stored is {row['size']}"
+            continue
+        for name in TOLD:
+            said, stored = last[id_][name], row[name]
+            if (None if said is None else Fraction(said)) != (None if stored is None else Fraction(stored)):
+                yield f"{asset} {mode} {name}: last told {said}, stored is {stored}"
     for id_, versions in first.items():
         yield f"{id_}: {len(versions)} messages about no position"

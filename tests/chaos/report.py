@@ -37,7 +37,7 @@ def _verdict(result: Result) -> str:
 def _figures(result: Result) -> Iterator[tuple[str, str]]:
     market, rates = result.market, [rate for _, rate in _rates(result.samples)]
     yield "published", ", ".join(f"{count:,} {name}" for name, count in market.counts.items())
-    yield "published again, unconfirmed", f"{result.republished:,}"
+    yield "sent again, unconfirmed", f"{result.republished:,}"
     yield (
         "time",
         f"{result.published_s:.0f} s published, {result.settled_s:.0f} s until all was applied and told",
@@ -63,7 +63,7 @@ def as_text(result: Result) -> str:
     ]
     lines += [
         "",
-        "held up: the longest time without a commit from that fault to the next, while there was work",
+        "held up: the longest time without a new ledger entry from that fault to the next",
         "",
     ]
     for check in result.checks:
@@ -114,7 +114,7 @@ svg {{ width: 100%; height: auto; font: 11px system-ui, sans-serif }}
 <h2>Promises</h2><table>{checks}</table>
 <h2>Faults</h2>
 <table><tr><th>at s</th><th>for s</th><th>held up s</th><th>fault</th><th></th></tr>{faults}</table>
-<p>Held up: the longest time without a commit from that fault to the next, while there was work.</p>
+<p>Held up: the longest time without a new ledger entry from that fault to the next.</p>
 </html>
 """
 

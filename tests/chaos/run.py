@@ -46,7 +46,7 @@ class Fault:
     until_s: float = 0.0
     detail: str = ""
     held_up_s: float = 0.0
-    """Longest time without a commit from this fault to the next, while there was something to commit."""
+    """Longest time without a new ledger entry from this fault to the next."""
 
 
 @dataclass
@@ -54,9 +54,7 @@ class Sample:
     """How far everything was at a moment; None while the database was away."""
 
     at_s: float
-    confirmed: int
     applied: int | None
-    outbox: int | None
 
 
 @dataclass
@@ -74,11 +72,13 @@ class Result:
     settled_s: float = 0.0
     """When all was applied and told."""
     republished: int = 0
-    """Messages published again since their confirmation did not come."""
+    """Messages that were sent again since their confirmation did not come."""
     restarts: dict[str, int] = field(default_factory=dict)
     told: int = 0
     told_again: int = 0
     swallowed: int = 0
+    unclean: list[str] = field(default_factory=list)
+    """What a worker that was restarted cleanly did otherwise."""
 
     @property
     def lost(self) -> int:
@@ -108,6 +108,9 @@ class _Supervised:
         self.groups: list[int] = []
         """Process groups that were ever started: a killed main process leaves children behind."""
         self.restarts = dict.fromkeys(commands, 0)
+        self.codes: dict[str, int] = {}
+        """What each ended with the last time."""
+        self._read = dict.fromkeys(commands, 0)
         self.processes: dict[str, Process] = {}
         self._stopping = threading.Event()
         for name, command in commands.items():
@@ -120,9 +123,16 @@ class _Supervised:
         while not self._stopping.wait(0.3):
             for name, process in self.processes.items():
                 if process.ended:
+                    self.codes[name] = process.wait()
+                    self._read[name] = process.log.stat().st_size
                     process.start()
                     self.groups.append(process.pid)
                     self.restarts[name] += 1
+
+    def consumes(self, name: str) -> bool:
+        """Tell whether a worker has begun to consume since it was started last."""
+        process = self.processes[name]
+        return not process.ended and b"intake_started" in process.log.read_bytes()[self._read[name] :]
 
     def stop(self, published: Callable[[], bool]) -> None:
         """End all as an operator does: what is in hand is finished, and what it wrote is ``published``."""
@@ -157,7 +167,7 @@ class _Publishers:
         self._interval_s = over_s / trickle
         self._tickets = threading.Semaphore(0)
         self._lock = threading.Lock()
-        self.confirmed = self.republished = 0
+        self.republished = 0
         self._hurry = threading.Event()
         self._threads = [threading.Thread(target=self._work, args=(url,)) for url in urls]
         self._threads.append(threading.Thread(target=self._pace))
@@ -187,25 +197,22 @@ class _Publishers:
         while True:
             self._tickets.acquire()
             try:
-                open_ = dict(enumerate(self._chunks.get_nowait(), 1))
+                open_ = dict(enumerate(self._chunks.get_nowait()))
             except queue.Empty:
                 return
-            tries = 0
+            sent: set[int] = set()
+            self._publish(url, open_, sent)
             while open_:
-                if tries:
-                    time.sleep(0.3)
-                tries += 1
-                open_ = dict(enumerate(self._published(url, open_, again=tries > 1).values(), 1))
+                time.sleep(0.3)
+                self._publish(url, open_, sent)
 
-    def _published(self, url: str, messages: dict[int, Message], *, again: bool) -> dict[int, Message]:
-        """Publish on a connection of its own and return what was not confirmed."""
-        open_ = dict(messages)
+    def _publish(self, url: str, open_: dict[int, Message], sent: set[int]) -> None:
+        """Publish on a connection of its own; what is confirmed is no longer ``open_``."""
+        numbers = dict(enumerate(open_, 1))  # by delivery tag
 
         def confirmed(tag: int, multiple: bool) -> None:
-            for each in [known for known in open_ if known == tag or (multiple and known <= tag)]:
-                del open_[each]
-                with self._lock:
-                    self.confirmed += 1
+            for each in [known for known in numbers if known == tag or (multiple and known <= tag)]:
+                del open_[numbers.pop(each)]
 
         with suppress(OSError, amqp.AMQPError):
             connection = channel_of(url)
@@ -213,7 +220,7 @@ class _Publishers:
                 channel = connection.channel()
                 channel.confirm_select()
                 channel.events["basic_ack"].add(confirmed)
-                for message in messages.values():
+                for number, message in tuple(open_.items()):
                     channel.basic_publish(
                         amqp.Message(message.body, content_type="application/json", delivery_mode=2),
                         exchange="",
@@ -221,14 +228,14 @@ class _Publishers:
                         mandatory=True,
                     )
                     with self._lock:
-                        self.republished += again
+                        self.republished += number in sent
+                    sent.add(number)
                 deadline = time.monotonic() + 15
                 while open_ and time.monotonic() < deadline:
                     connection.drain_events(timeout=5)
             finally:
                 with suppress(OSError, amqp.AMQPError):
                     connection.close()
-        return open_
 
 
 class Run:
@@ -347,10 +354,15 @@ class Run:
 
     def restart_a_worker_cleanly(self) -> str:
         name = self._a_worker()
-        process = self.service.processes[name]
-        restarts = self.service.restarts[name]
+        # One that was killed just before does not listen yet.
+        if not wait_until(lambda: self.service.consumes(name), limit_s=60):
+            self.result.unclean.append(f"{name} did not begin to consume")
+        process, restarts = self.service.processes[name], self.service.restarts[name]
         os.kill(process.pid, signal.SIGTERM)
-        wait_until(lambda: self.service.restarts[name] > restarts, limit_s=45)
+        if not wait_until(lambda: self.service.restarts[name] > restarts, limit_s=45):
+            self.result.unclean.append(f"{name} did not end within 45 s")
+        elif code := self.service.codes[name]:
+            self.result.unclean.append(f"{name} ended with {code}")
         return name
 
     def kill_the_relay(self) -> str:
@@ -425,9 +437,8 @@ class Run:
 
         def sample() -> None:
             while not stopping.wait(0.25):
-                applied, outbox = self._counts()
-                at_s = self.now_s
-                self.result.samples.append(Sample(at_s, self.publishers.confirmed, applied, outbox))
+                applied = self._applied()
+                self.result.samples.append(Sample(self.now_s, applied))
 
         thread = threading.Thread(target=sample)
         thread.start()
@@ -480,6 +491,7 @@ class Run:
         events = published(self.rabbitmq.url)
         left = {**self._waiting(), "outbox": self._counts()[1] or 0}
         result.checks = checks(self.engine, result.market, events, left)
+        result.checks.append(Check("a worker that is stopped cleanly ends in time, with 0", result.unclean))
         result.told = len(events)
         result.told_again = len(events) - len({(each["position_id"], each["version"]) for each in events})
         _time_held_up(result)

@@ -83,6 +83,7 @@ def test_a_memory_alarm_of_the_broker_stops_publishing_and_not_consuming(
             await_ledger(engine, 1500)
             assert before < 1500
             assert wait_until(lambda: waiting(queues, EXECUTION_QUEUE) == 0, limit_s=30)
+            assert not wait_until(lambda: count(engine, outbox) == 0, limit_s=3)
         finally:
             rabbitmq.evaluate("rabbit_alarm:clear_alarm({resource_limit, memory, node()})")
         assert wait_until(lambda: count(engine, outbox) == 0, limit_s=90)

@@ -156,7 +156,7 @@ def test_message_that_ends_its_worker_is_said(
     assert health["warnings"][0].startswith("1 messages seem to end the worker that applies them")
     assert "positions_suspected_messages 1.0" in app.test_client().get("/metrics").text
     with transaction(engine) as connection:
-        attempts.done(connection, ["a"], now=now)
+        attempts.done(connection, ["a"])
     assert _health(app)["status"] == "healthy"
 
 

@@ -324,7 +324,7 @@ def test_poison_that_ends_the_whole_worker_is_parked_after_so_many_workers(
     assert suspected() == count(engine, attempts) == 0
     with engine.connect() as connection:
         row = connection.execute(select(quarantine.c.reason, quarantine.c.body)).one()
-    assert row.reason.startswith("begun 3 times alone and never ended")
+    assert row.reason.startswith("begun 3 times apart and never ended")
     assert b"ASSASSIN" in bytes(row.body)
     assert running.logged("event_suspected") >= 3
     assert_positions_are_the_fold_of_the_ledger(engine)

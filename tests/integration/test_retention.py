@@ -11,7 +11,7 @@ from sqlalchemy import Engine, text
 
 from positions.errors import Unavailable
 from positions.settings import load
-from positions.storage import retention
+from positions.storage import attempts, retention
 from positions.storage.database import transaction
 from positions.tasks.resources import Resources
 from positions.tasks.retention import tidy
@@ -182,3 +182,11 @@ def test_ledger_positions_and_whatever_is_open_are_never_touched(engine: Engine,
     assert rows(engine, "SELECT digest FROM quarantine ORDER BY 1") == ["1", "3"]
     assert rows(engine, "SELECT kind FROM breaks ORDER BY 1") == ["1", "3"]
     assert [rows(engine, statement) for statement in held] == before
+
+
+def test_what_was_begun_long_ago_and_never_came_again_is_forgotten(own: Resources, engine: Engine) -> None:
+    with transaction(engine) as connection:
+        for digest, at in (("old", NOW - 1.1 * DAY), ("new", NOW - 0.9 * DAY)):
+            attempts.begun(connection, {digest: "queue"}, alone=True, now=at)
+    tidy(own, now=NOW)
+    assert rows(engine, "SELECT digest FROM attempts") == ["new"]

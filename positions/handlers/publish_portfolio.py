@@ -6,13 +6,14 @@ from uuid import uuid4
 
 from sqlalchemy import Connection
 
-from positions.messages.outbound import PortfolioView
+from positions.messages.outbound import PortfolioSums, PortfolioView
 from positions.messages.published import PORTFOLIO_UPDATED, portfolio_updated
 from positions.storage import outbox, portfolio
 
 
 def publish_portfolio(
     connection: Connection,
+    sums: portfolio.Sums[PortfolioSums],
     *,
     now: datetime,
     interval: timedelta,
@@ -27,9 +28,7 @@ def publish_portfolio(
     if not portfolio.claim_publication(connection, now=now, interval=interval):
         return False
     view = PortfolioView.of(
-        portfolio.sums_by_asset(connection, stale_before=now - stale_after),
-        max_exposure=max_exposure,
-        now=now,
+        sums.read(connection), max_exposure=max_exposure, now=now, stale_after=stale_after
     )
     trace_id = uuid4().hex
     body = portfolio_updated(view, trace_id=trace_id, now=now)

@@ -4,11 +4,15 @@ A view holds the figures as they are; `object_of` turns it into JSON-ready data:
 strings, times as ISO 8601 UTC ending in Z.
 """
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from functools import cache
+from functools import cache, cached_property
+from hashlib import blake2b
+from json.encoder import encode_basestring_ascii
+from operator import add, sub
 from typing import Annotated, Any, Self, cast
 
 from pydantic import ConfigDict, WithJsonSchema
@@ -20,10 +24,9 @@ from positions.domain.figures import (
     minutes_held,
     position_exposure,
     size_norm,
-    total,
     unrealized_pct,
 )
-from positions.domain.numbers import exact, plain
+from positions.domain.numbers import ZERO, exact, plain
 from positions.domain.values import value_class
 
 # What the documentation of the API is generated from: the types below, and the texts under the fields.
@@ -153,7 +156,22 @@ STORED = tuple(name for name in _FIELDS if name not in _DERIVED)
 """The columns that a view shows as they are."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+@dataclass(frozen=True)
+class Json:
+    """What is JSON already, as a member of something JSON-ready."""
+
+    text: str
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of it: the same may be a member of several answers."""
+        return blake2b(self.text.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
 class AssetView:
     """What all positions of one asset add up to; the names with a unit are the older service's."""
 
@@ -169,19 +187,101 @@ class AssetView:
     size: Amount
     """Signed, in the asset's own units."""
 
+    @cached_property
+    def json(self) -> str:
+        """The view as JSON: most assets' is the same in one portfolio after the other."""
+        return _encode(object_of(self))
+
+
+class ByAsset(dict[str, AssetView]):
+    """What is shown of each asset, in order of the asset."""
+
+    @property
+    def json(self) -> Json:
+        """All of it as JSON."""
+        members = [f"{encode_basestring_ascii(name)}:{each.json}" for name, each in self.items()]
+        return Json(f"{{{','.join(members)}}}")
+
+
+_ADDED = (
+    "exposure",
+    "net_exposure",
+    "unrealized_pnl",
+    "realized_pnl",
+    "realized_gross",
+    "fees_paid",
+    "funding_received",
+    "realized_adjustment",
+)
+_COUNTED = ("open_count", "long_count", "short_count", "ids")
+_NO_AMOUNTS, _NO_COUNTS = (ZERO,) * len(_ADDED), (0,) * len(_COUNTED)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AssetSums:
+    """An asset's part of the portfolio."""
+
+    view: AssetView
+    amounts: tuple[Decimal, ...]
+    """Of the columns `_ADDED`."""
+    counts: tuple[int, ...]
+    """Of the columns `_COUNTED`."""
+    unpriced: bool
+    """Whether an open position has no price."""
+    oldest_price_at: datetime | None
+    """Of the open positions; None where none of them has a price."""
+
     @classmethod
     def of(cls, row: Mapping[Any, Any]) -> Self:
-        """Return the view of an asset's row of `positions.storage.portfolio.sums_by_asset`."""
+        """Return what is kept of a row of `positions.storage.portfolio.Sums`."""
         exposure, unrealized, realized = row["exposure"], row["unrealized_pnl"], row["realized_pnl"]
         return cls(
-            exposure=exposure,
-            unrealized=unrealized,
-            realized=realized,
-            exposure_usdt=exposure,
-            unrealized_pnl_usdt=unrealized,
-            realized_pnl_usdt=realized,
-            size=row["size"],
+            view=AssetView(
+                exposure=exposure,
+                unrealized=unrealized,
+                realized=realized,
+                exposure_usdt=exposure,
+                unrealized_pnl_usdt=unrealized,
+                realized_pnl_usdt=realized,
+                size=row["size"],
+            ),
+            # Zeros are one and the same: many are kept.
+            amounts=tuple(row[name] or ZERO for name in _ADDED),
+            counts=tuple(row[name] for name in _COUNTED),
+            unpriced=row["unpriced"],
+            oldest_price_at=row["oldest_price_at"],
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PortfolioSums:
+    """The parts of all assets, and what they add up to; as it is made, of none."""
+
+    by_asset: Mapping[str, AssetSums] = field(default_factory=dict)
+    """In order of the asset."""
+    amounts: tuple[Decimal, ...] = _NO_AMOUNTS
+    counts: tuple[int, ...] = _NO_COUNTS
+
+    @property
+    def ids(self) -> int:
+        """What tells whether all positions are in it, and no others."""
+        return self.counts[-1]
+
+    def with_rows(self, rows: Iterable[Mapping[Any, Any]]) -> Self:
+        """Return these sums with those of ``rows`` (`positions.storage.portfolio.Sums`) for their assets."""
+        by_asset, amounts, counts = dict(self.by_asset), self.amounts, self.counts
+        with exact():
+            for row in rows:
+                new, old = AssetSums.of(row), by_asset.get(row["asset"])
+                if old:
+                    amounts = tuple(map(sub, amounts, old.amounts))
+                    counts = tuple(map(sub, counts, old.counts))
+                amounts = tuple(map(add, amounts, new.amounts))
+                counts = tuple(map(add, counts, new.counts))
+                by_asset[row["asset"]] = new
+        if len(by_asset) > len(self.by_asset):
+            by_asset = {name: by_asset[name] for name in sorted(by_asset)}
+        return replace(self, by_asset=by_asset, amounts=amounts, counts=counts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,48 +324,54 @@ class PortfolioView:
     @classmethod
     def of(
         cls,
-        sums: Iterable[Mapping[Any, Any]],
+        sums: PortfolioSums,
         *,
         max_exposure: Decimal | None,
         now: datetime,
+        stale_after: timedelta,
         asset: str | None = None,
     ) -> Self:
-        """Return the view of the sums by asset (`positions.storage.portfolio.sums_by_asset`).
+        """Return the view of the sums.
 
         Args:
             sums: of all assets, also where only one is asked for: the limit is the whole portfolio's.
             max_exposure: the limit in USDT; None for none.
             now: the moment the view is taken.
+            stale_after: age from which a price is stale.
             asset: the one asset to add up; None for all.
         """
-        everything = list(sums)
-        rows = [row for row in everything if asset in {None, row["asset"]}]
-
-        def all_of(column: str) -> Decimal:
-            return total(row[column] for row in rows)
-
+        whole, stale_before = sums.amounts[0], now - stale_after
+        if asset is not None:
+            part = sums.by_asset.get(asset)
+            sums = PortfolioSums()
+            if part:
+                sums = PortfolioSums(by_asset={asset: part}, amounts=part.amounts, counts=part.counts)
+        exposure, net, unrealized, realized, gross, fees, funding, adjustment = sums.amounts
+        open_, long, short, _ = sums.counts
+        by_asset = sums.by_asset
         with exact():
-            whole = total(row["exposure"] for row in everything)
-            net = all_of("net_exposure")
-            unrealized, realized = all_of("unrealized_pnl"), all_of("realized_pnl")
             return cls(
-                total_exposure_usdt=all_of("exposure"),
+                total_exposure_usdt=exposure,
                 net_exposure_usdt=net,
                 portfolio_value_usdt=net,
                 total_unrealized_pnl_usdt=unrealized,
                 total_realized_pnl_usdt=realized,
                 total_pnl_usdt=unrealized + realized,
-                total_realized_gross_usdt=all_of("realized_gross"),
-                total_fees_usdt=all_of("fees_paid"),
-                total_funding_usdt=all_of("funding_received"),
-                total_realized_adjustment_usdt=all_of("realized_adjustment"),
-                open_positions_count=sum(row["open_count"] for row in rows),
-                long_positions_count=sum(row["long_count"] for row in rows),
-                short_positions_count=sum(row["short_count"] for row in rows),
-                by_asset={row["asset"]: AssetView.of(row) for row in rows},
+                total_realized_gross_usdt=gross,
+                total_fees_usdt=fees,
+                total_funding_usdt=funding,
+                total_realized_adjustment_usdt=adjustment,
+                open_positions_count=open_,
+                long_positions_count=long,
+                short_positions_count=short,
+                by_asset=ByAsset({name: each.view for name, each in by_asset.items()}),
                 limit_exceeded=max_exposure is not None and whole > max_exposure,
-                unpriced_assets=tuple(row["asset"] for row in rows if row["unpriced"]),
-                stale_assets=tuple(row["asset"] for row in rows if row["stale"]),
+                unpriced_assets=tuple(name for name, each in by_asset.items() if each.unpriced),
+                stale_assets=tuple(
+                    name
+                    for name, each in by_asset.items()
+                    if each.oldest_price_at is not None and each.oldest_price_at < stale_before
+                ),
                 calculated_at=now,
             )
 
@@ -446,7 +552,7 @@ def part_of(portfolio: Mapping[str, object], part: type[ExposureView | PnLView])
 
 
 def object_of(view: Any) -> dict[str, object]:
-    """Return a view as the contract's object, JSON-ready."""
+    """Return a view as the contract's object, JSON-ready for `to_json`."""
     return {name: _json(getattr(view, name)) for name in _names(view.__class__)}
 
 
@@ -469,6 +575,19 @@ def _json(value: object) -> object:
         return utc_text(cast(datetime, value))
     if kind is str or value is None:
         return value
+    if kind is ByAsset:
+        return cast(ByAsset, value).json
     if isinstance(value, Mapping):
         return {name: _json(each) for name, each in value.items()}
-    return object_of(value) if kind is AssetView else value
+    return value
+
+
+def to_json(data: Mapping[str, object]) -> str:
+    """Return an object as JSON."""
+    if not any(type(value) is Json for value in data.values()):
+        return _encode(data)
+    members = (
+        f"{_encode(name)}:{value.text if type(value) is Json else _encode(value)}"
+        for name, value in data.items()
+    )
+    return f"{{{','.join(members)}}}"

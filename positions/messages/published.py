@@ -1,6 +1,5 @@
 """The messages neighbours receive, as contract.md has them."""
 
-import json
 from datetime import datetime
 
 from positions.messages.outbound import (
@@ -8,6 +7,7 @@ from positions.messages.outbound import (
     PositionView,
     SnapshotView,
     object_of,
+    to_json,
     utc_text,
 )
 
@@ -70,4 +70,4 @@ def position_snapshot_created(
 
 def _body(event_type: str, trace_id: str, now: datetime, figures: dict[str, object]) -> str:
     message = {"event_type": event_type, "trace_id": trace_id, "timestamp": utc_text(now), **figures}
-    return json.dumps(message, separators=(",", ":"))
+    return to_json(message)

@@ -2,20 +2,21 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 from sqlalchemy import Connection
 
 from positions.domain.events import PositionKey
-from positions.domain.figures import is_stale, position_exposure, total
+from positions.domain.figures import position_exposure, total
 from positions.domain.numbers import exact
 from positions.domain.position import Policy
 from positions.errors import NotFound
-from positions.messages.outbound import PortfolioView, PositionView
+from positions.messages.outbound import PortfolioSums, PortfolioView, PositionView
 from positions.storage import positions
 from positions.storage.past import Past, gross_exposure, positions_at
 
+_LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 _SUMMED = (
     "size",
     "unrealized_pnl",
@@ -95,21 +96,23 @@ def portfolio_as_of(
     for key, each in past.items():
         by_asset[key.asset].append(each)
     with exact():
-        sums = [_sums(name, own, at, stale_after) for name, own in sorted(by_asset.items())]
+        sums = PortfolioSums().with_rows(_sums(name, own) for name, own in by_asset.items())
     gross = gross_exposure(past.values())
     views = tuple(
         _view(key, past[key], gross, at, stale_after) for key in sorted(past) if asset in {None, key.asset}
     )
-    return PortfolioView.of(sums, max_exposure=max_exposure, now=at, asset=asset), views
+    view = PortfolioView.of(sums, max_exposure=max_exposure, now=at, stale_after=stale_after, asset=asset)
+    return view, views
 
 
-def _sums(asset: str, own: Sequence[Past], at: datetime, stale_after: timedelta) -> Mapping[str, object]:
-    """Return what :func:`positions.storage.portfolio.sums_by_asset` does of the present."""
+def _sums(asset: str, own: Sequence[Past]) -> Mapping[str, object]:
+    """Return what :class:`positions.storage.portfolio.Sums` does of an asset's positions at present."""
     each_figures = [each.figures for each in own]
     open_ones = [each for each in each_figures if each.long_size or each.short_size]
     priced = [each for each in own if each.exposure is not None]
     return {
         "asset": asset,
+        "ids": 0,
         "exposure": total(each.exposure for each in priced) if priced else None,
         "net_exposure": total(
             position_exposure(each.figures.size, each.figures.current_price) for each in priced
@@ -121,8 +124,8 @@ def _sums(asset: str, own: Sequence[Past], at: datetime, stale_after: timedelta)
         "long_count": sum(each.size > 0 for each in each_figures),
         "short_count": sum(each.size < 0 for each in each_figures),
         "unpriced": any(each.current_price is None for each in open_ones),
-        "stale": any(
-            each.current_price is not None and is_stale(each.current_price_at, at, stale_after)
-            for each in open_ones
+        "oldest_price_at": min(
+            (each.current_price_at or _LONG_AGO for each in open_ones if each.current_price is not None),
+            default=None,
         ),
     }

@@ -5,12 +5,13 @@ from decimal import Decimal
 
 from sqlalchemy import Connection
 
-from positions.messages.outbound import PortfolioView
-from positions.storage.portfolio import sums_by_asset
+from positions.messages.outbound import PortfolioSums, PortfolioView
+from positions.storage.portfolio import Sums
 
 
 def portfolio(
     connection: Connection,
+    sums: Sums[PortfolioSums],
     *,
     now: datetime,
     stale_after: timedelta,
@@ -18,5 +19,6 @@ def portfolio(
     asset: str | None = None,
 ) -> PortfolioView:
     """Return the figures of the portfolio, or of its positions in one asset; zeros where there is none."""
-    sums = sums_by_asset(connection, stale_before=now - stale_after)
-    return PortfolioView.of(sums, max_exposure=max_exposure, now=now, asset=asset)
+    return PortfolioView.of(
+        sums.read(connection), max_exposure=max_exposure, now=now, stale_after=stale_after, asset=asset
+    )

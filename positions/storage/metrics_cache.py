@@ -5,7 +5,8 @@ update. Redis away or slow means slower, never wrong: whoever asks computes for 
 """
 
 import time
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Literal
 
@@ -66,16 +67,17 @@ class MetricsCache:
         self._last: set[str] = set()
 
     def get(
-        self, version: int, name: str, make: Callable[[], Made], *, era: str = ""
-    ) -> tuple[int, bytes, Outcome]:
-        """Return the figures called ``name`` at ``version`` or a later one, which that is, and from where.
+        self, version: int, names: Sequence[str], make: Callable[[], Made], *, era: str = ""
+    ) -> tuple[int, list[bytes], Outcome]:
+        """Return the figures of these names at ``version`` or a later one, which that is, and from where.
 
-        Versions of different eras are of different things (`positions.storage.portfolio.Versions`).
+        All of them are of one making. Versions of different eras are of different things
+        (`positions.storage.portfolio.Versions`).
 
         Of all processes that miss, one calls ``make``; the others wait a little for what it stores.
         """
         try:
-            found = None if self._away() else self._from_redis(self._key(era, version), name)
+            found = None if self._away() else self._from_redis(self._key(era, version), names)
         except redis.RedisError as error:
             self.leave_alone(error)
             found = None
@@ -86,28 +88,31 @@ class MetricsCache:
         # Who waits for the version that was asked for takes a later one as well.
         keys = {self._key(era, each) for each in (version, made_at)}
         self._store(keys, made)
-        return made_at, made[name], outcome
+        return made_at, [made[name] for name in names], outcome
 
     def leave_alone(self, error: redis.RedisError) -> None:
         """Ask Redis for nothing for `AWAY_S`, as it failed, here or elsewhere."""
         self._away_until = time.monotonic() + AWAY_S
         log.warning("cache_unavailable", reason=type(error).__name__)
 
-    def _from_redis(self, key: str, name: str) -> bytes | None:
+    def _from_redis(self, key: str, names: Sequence[str]) -> list[bytes] | None:
         """Return what is stored; None where it is for the caller to compute."""
-        found = self._stored(key, name)
+        found = self._stored(key, names)
         if found is not None or self._redis.set(f"{key}:lock", "1", nx=True, ex=COMPUTE_S):
             return found
         end = time.monotonic() + WAIT_S
         while found is None and time.monotonic() < end:
             time.sleep(POLL_S)
-            found = self._stored(key, name)
+            found = self._stored(key, names)
         return found
 
-    def _stored(self, key: str, name: str) -> bytes | None:
-        found: bytes = self._redis.hget(key, name) or b""  # type: ignore[assignment]
-        figures = found[SEAL_BYTES:]
-        return figures if found[:SEAL_BYTES] == _seal(key, name, figures) else None
+    def _stored(self, key: str, names: Sequence[str]) -> list[bytes] | None:
+        found: list[bytes | None] = self._redis.hmget(key, list(names))  # type: ignore[assignment]
+        entries = dict(zip(names, (each or b"" for each in found), strict=True))
+        figures = {name: entry[SEAL_BYTES:] for name, entry in entries.items()}
+        if any(entry[:SEAL_BYTES] != _seal(key, name, figures[name]) for name, entry in entries.items()):
+            return None
+        return list(figures.values())
 
     def _store(self, keys: set[str], made: Mapping[str, bytes]) -> None:
         if self._away():
@@ -135,6 +140,6 @@ class MetricsCache:
 
 
 def _seal(key: str, name: str, figures: bytes) -> bytes:
-    seal = blake2b(f"{key} {name} ".encode(), digest_size=SEAL_BYTES)
-    seal.update(figures)
-    return seal.digest()
+    # A hash of megabytes would take longer than all else; what comes by accident has another length or sum.
+    told = f"{key} {name} {len(figures)} {zlib.crc32(figures)}"
+    return blake2b(told.encode(), digest_size=SEAL_BYTES).digest()

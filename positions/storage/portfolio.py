@@ -1,18 +1,32 @@
 """The sums over all positions, exact: PostgreSQL adds and multiplies `numeric` without rounding."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sized
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import psycopg2
-from sqlalchemy import Connection, Engine, RowMapping, and_, bindparam, case, func, literal, or_, select
+from sqlalchemy import (
+    Connection,
+    Engine,
+    RowMapping,
+    Select,
+    and_,
+    case,
+    column,
+    func,
+    literal,
+    select,
+    text,
+    true,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
 from positions.errors import Unavailable
 from positions.storage.database import refuse_while_silent
-from positions.storage.tables import Amount, Time, portfolio_exposures, positions
+from positions.storage.tables import Amount, portfolio_exposures, positions
 
 _NOTHING = literal(0, Amount)
 _gross_size = positions.c.long_size - positions.c.short_size
@@ -26,50 +40,13 @@ _net_exposure = case((is_open, positions.c.size * positions.c.current_price), el
 GROSS_EXPOSURE = select(func.coalesce(func.sum(portfolio_exposures.c.gross), _NOTHING))
 """Gross exposure of all priced positions in USDT, as one number; costs the same for any number of them."""
 
-
-_price_at = positions.c.current_price_at
-_SUMS = (
-    select(
-        positions.c.asset,
-        func.sum(_exposure).label("exposure"),
-        func.sum(_net_exposure).label("net_exposure"),
-        *(
-            func.sum(positions.c[name]).label(name)
-            for name in (
-                "size",
-                "unrealized_pnl",
-                "realized_pnl",
-                "realized_gross",
-                "fees_paid",
-                "funding_received",
-                "realized_adjustment",
-            )
-        ),
-        func.count().filter(is_open).label("open_count"),
-        func.count().filter(positions.c.size > 0).label("long_count"),
-        func.count().filter(positions.c.size < 0).label("short_count"),
-        func.bool_or(and_(is_open, ~_priced)).label("unpriced"),
-        func.bool_or(
-            and_(
-                is_open, _priced, or_(_price_at.is_(None), _price_at < bindparam("stale_before", type_=Time))
-            )
-        ).label("stale"),
-    )
-    .group_by(positions.c.asset)
-    .order_by(positions.c.asset)
-)
-
-
-def sums_by_asset(connection: Connection, *, stale_before: datetime) -> Sequence[RowMapping]:
-    """Return the sums of each asset's positions, open and closed, in order of the asset.
-
-    Exposures are None where every position of the asset is open and unpriced.
-
-    Args:
-        connection: only read from.
-        stale_before: an open position with an older price, or one of unknown time, makes its asset stale.
-    """
-    return connection.execute(_SUMS, {"stale_before": stale_before}).mappings().all()
+_VERSION = "SELECT coalesce(sum(value), 0)::bigint FROM portfolio_versions"
+# What changes where a version may come back with other figures: another database, one that was restored, or
+# a server that was set back.
+_ERA = """
+    SELECT concat_ws('-', (SELECT oid FROM pg_database WHERE datname = current_database()),
+        pg_relation_filenode('portfolio_versions'), extract(epoch FROM pg_postmaster_start_time()))
+"""
 
 
 def version(connection: Connection) -> int:
@@ -81,13 +58,145 @@ def version(connection: Connection) -> int:
     return found
 
 
-_VERSION = "SELECT coalesce(sum(value), 0)::bigint FROM portfolio_versions"
-# What changes where a version may come back with other figures: another database, one that was restored, or
-# a server that was set back.
-_ERA = """
-    SELECT concat_ws('-', (SELECT oid FROM pg_database WHERE datname = current_database()),
-        pg_relation_filenode('portfolio_versions'), extract(epoch FROM pg_postmaster_start_time()))
-"""
+# What this moment sees of a row, and an earlier one did not, was written by a transaction that was running
+# then or began later: its number is not below the lowest that was running. Numbers of transactions go round
+# after 32 bits, so it is ages that are compared.
+_HEAD = (
+    text(f"""
+        SELECT ({_ERA}) AS era, ({_VERSION}) AS version,
+            pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS horizon,
+            coalesce(sum(uuid_hash(id)), 0) AS all_ids,
+            array_agg(asset) FILTER (WHERE age(xmin)
+                BETWEEN (SELECT age(pg_snapshot_xmax(pg_current_snapshot())::xid))
+                AND (SELECT age(CAST(:since AS xid8)::xid))) AS written
+        FROM positions
+    """)
+    .columns(column("era"), column("version"), column("horizon"), column("all_ids"), column("written"))
+    .cte("head")
+)
+_SUMS = select(
+    positions.c.asset,
+    func.sum(_exposure).label("exposure"),
+    func.sum(_net_exposure).label("net_exposure"),
+    *(
+        func.sum(positions.c[name]).label(name)
+        for name in (
+            "size",
+            "unrealized_pnl",
+            "realized_pnl",
+            "realized_gross",
+            "fees_paid",
+            "funding_received",
+            "realized_adjustment",
+        )
+    ),
+    func.count().filter(is_open).label("open_count"),
+    func.count().filter(positions.c.size > 0).label("long_count"),
+    func.count().filter(positions.c.size < 0).label("short_count"),
+    func.bool_or(and_(is_open, ~_priced)).label("unpriced"),
+    # A price of unknown time is as old as can be.
+    func.min(func.coalesce(positions.c.current_price_at, func.to_timestamp(0)))
+    .filter(is_open, _priced)
+    .label("oldest_price_at"),
+    func.sum(func.uuid_hash(positions.c.id)).label("ids"),
+).group_by(positions.c.asset)
+
+
+def _read(sums: Select[Any]) -> Select[Any]:
+    """Return the statement that reads the head and the sums beside it, all of one moment."""
+    beside = sums.lateral("sums")
+    return select(_HEAD, beside).select_from(_HEAD.outerjoin(beside, true()))
+
+
+_READ_ALL = _read(_SUMS)
+_READ_WRITTEN = _read(_SUMS.where(positions.c.asset.in_(select(func.unnest(_HEAD.c.written)))))
+TRANSACTIONS_MAX = 2**30
+"""How many transactions later one can still go on from a reading: half of their numbers are of the past."""
+KEPT_MAX_ASSETS = 100_000
+"""Of how many assets at most a process keeps the sums."""
+
+
+class Whole(Protocol):
+    """What the sums of the assets are gathered in."""
+
+    @property
+    def by_asset(self) -> Sized:
+        """One for each asset."""
+
+    @property
+    def ids(self) -> int:
+        """The sum of the column `ids` over all assets."""
+
+    def with_rows(self, rows: Iterable[RowMapping]) -> Self:
+        """Return what has the sums of these assets, instead of those that it has of them."""
+
+
+Gathered = TypeVar("Gathered", bound=Whole)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Reading(Generic[Gathered]):
+    """The sums at one moment."""
+
+    era: str
+    version: int
+    horizon: int
+    """No transaction with a lower number was running."""
+    whole: Gathered
+
+
+class Sums(Generic[Gathered]):
+    """The sums over the positions of each asset, kept by a process, which then reads only what changed.
+
+    Each reading looks all rows over for what was written since the last one, and sums up the assets of those
+    anew. A checksum of ids tells whether a row is gone: then, and wherever else one cannot go on from what is
+    kept, all is read.
+
+    Rows are by asset. In them exposures are None where every position is open and unpriced, and
+    `oldest_price_at` is where none is open and priced.
+    """
+
+    def __init__(self, nothing: Gathered) -> None:
+        """Read nothing yet; ``nothing`` has no rows."""
+        self._nothing = nothing
+        self._last: _Reading[Gathered] | None = None
+
+    def read(self, connection: Connection) -> Gathered:
+        """Return the sums of all positions, open and closed.
+
+        Args:
+            connection: only read from; its transaction has changed no position itself.
+        """
+        # Another thread may put a reading of its own there meanwhile, which is as good to go on from.
+        last = self._last
+        found = self._read_on(connection, last) if last else None
+        if found is None:
+            head, rows = self._ask(connection, _READ_ALL)
+            found = self._reading(head, self._nothing.with_rows(rows))
+        self._last = found if len(found.whole.by_asset) <= KEPT_MAX_ASSETS else None
+        return found.whole
+
+    def _read_on(self, connection: Connection, last: _Reading[Gathered]) -> _Reading[Gathered] | None:
+        """Return what ``last`` has become; None where one cannot go on from it."""
+        head, rows = self._ask(connection, _READ_WRITTEN, since=last.horizon)
+        if head["era"] != last.era or head["horizon"] - last.horizon > TRANSACTIONS_MAX:
+            return None
+        # The moment may be before the last one, where another thread was quicker.
+        if head["version"] < last.version:
+            return None
+        whole = last.whole.with_rows(rows)
+        return self._reading(head, whole) if whole.ids == head["all_ids"] else None
+
+    @staticmethod
+    def _ask(
+        connection: Connection, statement: Select[Any], since: int | None = None
+    ) -> tuple[RowMapping, list[RowMapping]]:
+        found = connection.execute(statement, {"since": since and str(since)}).mappings().all()
+        return found[0], [row for row in found if row["asset"] is not None]
+
+    @staticmethod
+    def _reading(head: RowMapping, whole: Gathered) -> _Reading[Gathered]:
+        return _Reading(era=head["era"], version=head["version"], horizon=head["horizon"], whole=whole)
 
 
 class Versions:

@@ -18,6 +18,7 @@ def publish() -> dict[str, bool]:
     with transaction(own.engine) as connection:
         published = publish_portfolio(
             connection,
+            own.sums,
             now=datetime.now(UTC),
             interval=timedelta(seconds=float(settings.portfolio_update_interval)),
             stale_after=timedelta(seconds=settings.price_staleness_threshold),

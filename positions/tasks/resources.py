@@ -5,8 +5,10 @@ from functools import cached_property
 
 from sqlalchemy import Engine
 
+from positions.messages.outbound import PortfolioSums
 from positions.settings import Settings
 from positions.storage.database import Retry, connect
+from positions.storage.portfolio import Sums
 from positions.venue.bybit import Bybit
 
 
@@ -27,6 +29,11 @@ class Resources:
             pool_size=max(2, self.settings.worker_concurrency),
             application=f"{self.settings.service_name} worker",
         )
+
+    @cached_property
+    def sums(self) -> Sums[PortfolioSums]:
+        """What the portfolio is made of, as this process read it last."""
+        return Sums(PortfolioSums())
 
     @cached_property
     def venue(self) -> Bybit:

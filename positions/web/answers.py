@@ -10,12 +10,16 @@ from werkzeug.http import parse_etags
 
 from positions import metrics
 from positions.errors import Unavailable
+from positions.messages.outbound import Json, to_json
 from positions.storage import portfolio
 from positions.storage.database import transaction
 from positions.web.auth import any_key_will_do
-from positions.web.memory import TAG_CHARS, Answer
+from positions.web.memory import TAG_CHARS, Answer, tag_of
 from positions.web.resources import resources
 
+# Most of each of the portfolio's figures, and the same in all of them: stored once, and put in where there is
+# a character that JSON cannot have.
+_BY_ASSET, _HOLE = "by_asset", "\0"
 VERSION = "positions.version"
 """Key of the WSGI environment: the portfolio's version where it was read already, or why it could not be."""
 
@@ -111,10 +115,15 @@ def _shared(name: str, asked: int, make: Callable[[Connection], Mapping[str, Map
         with transaction(own.reads) as connection:
             made_at = portfolio.version(connection)
             data = make(connection)
-        answers = {each: Answer.of(figures) for each, figures in data.items()}
-        return made_at, {each: answer.tag.encode() + answer.body for each, answer in answers.items()}
+        stored = {_BY_ASSET: data[name][_BY_ASSET].text.encode()}
+        for each, figures in data.items():
+            stored[each] = f"{tag_of(figures)}{to_json({**figures, _BY_ASSET: Json(_HOLE)})}".encode()
+        return made_at, stored
 
-    version, stored, outcome = own.metrics.get(asked, name, made, era=own.version.era)
+    version, (figures, by_asset), outcome = own.metrics.get(
+        asked, (name, _BY_ASSET), made, era=own.version.era
+    )
     metrics.PORTFOLIO_CACHE.inc(outcome)
-    found = Answer(stored[TAG_CHARS:], stored[:TAG_CHARS].decode(), shared=True)
+    body = figures[TAG_CHARS:].replace(_HOLE.encode(), by_asset, 1)
+    found = Answer(body, figures[:TAG_CHARS].decode(), shared=True)
     return _put(question_of(request.environ), version, found)

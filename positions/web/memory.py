@@ -1,6 +1,5 @@
 """The last answers of a process, to be given again as long as no position has changed."""
 
-import json
 import threading
 import time
 from collections import OrderedDict
@@ -9,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Self
+
+from positions.messages.outbound import Json, to_json
 
 KEPT_S = 1.0
 """The few figures that follow from the time (minutes held, staleness) may be as old."""
@@ -40,11 +41,18 @@ class Answer:
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:
         """Return ``data`` as JSON; the tag leaves out when it was calculated."""
-        body = json.dumps(data, separators=(",", ":")).encode()
-        told = body
-        if "calculated_at" in data:
-            told = json.dumps({**data, "calculated_at": None}, separators=(",", ":")).encode()
-        return cls(body, blake2b(told, digest_size=TAG_CHARS // 2).hexdigest())
+        body = to_json(data).encode()
+        return cls(body, tag_of(data) if "calculated_at" in data else _hash(body))
+
+
+def tag_of(data: Mapping[str, Any]) -> str:
+    """Return what tells ``data`` from other data, but for when it was calculated."""
+    told = {name: each.digest if isinstance(each, Json) else each for name, each in data.items()}
+    return _hash(to_json({**told, "calculated_at": None}).encode())
+
+
+def _hash(told: bytes) -> str:
+    return blake2b(told, digest_size=TAG_CHARS // 2).hexdigest()
 
 
 class LastAnswers:

@@ -107,9 +107,9 @@ def _ask() -> Gauges:
     scheduled: Mapping[str, int] = {}
     try:
         with answered_within(DATABASE_S), transaction(resources().reads) as connection:
-            stored = activity(connection)
+            own, stored = resources(), activity(connection)
             view = portfolio(
-                connection, now=datetime.now(UTC), stale_after=resources().stale_after, max_exposure=None
+                connection, own.sums, now=datetime.now(UTC), stale_after=own.stale_after, max_exposure=None
             )
             gross, net = view.total_exposure_usdt, view.net_exposure_usdt
             breaks, scheduled = validations.open_breaks(connection), validations.outcomes(connection)

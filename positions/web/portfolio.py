@@ -117,6 +117,7 @@ def _portfolio(connection: Connection, asset: str | None = None) -> dict[str, ob
     own = resources()
     view = portfolio(
         connection,
+        own.sums,
         now=datetime.now(UTC),
         stale_after=own.stale_after,
         max_exposure=own.max_exposure,

@@ -11,10 +11,11 @@ from sqlalchemy import Engine, make_url
 
 from positions import __version__
 from positions.handlers.write_changes import Rules
+from positions.messages.outbound import PortfolioSums
 from positions.settings import Settings
 from positions.storage.database import Retry, connect
 from positions.storage.metrics_cache import MetricsCache
-from positions.storage.portfolio import Versions
+from positions.storage.portfolio import Sums, Versions
 from positions.venue.bybit import Bybit
 from positions.web.checks import Checks
 from positions.web.memory import LastAnswers
@@ -39,6 +40,8 @@ class Resources:
     """The same pool; what one request reads is of one moment, and it writes nothing."""
     version: Versions
     """Called, it returns the portfolio's version."""
+    sums: Sums[PortfolioSums]
+    """What the portfolio is made of, as this process read it last."""
     answers: LastAnswers
     metrics: MetricsCache
     checks: Checks
@@ -68,6 +71,7 @@ def made_from(settings: Settings) -> Resources:
         engine=engine,
         reads=engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True),
         version=Versions(engine),
+        sums=Sums(PortfolioSums()),
         answers=LastAnswers(),
         metrics=MetricsCache(
             settings.redis,

@@ -25,12 +25,13 @@ from positions.errors import NotFound
 from positions.handlers.apply_events import apply_events
 from positions.handlers.take_snapshots import take_snapshots
 from positions.handlers.update_marks import update_marks
-from positions.messages.outbound import PortfolioView, PositionView, object_of
+from positions.messages.outbound import PortfolioSums, PortfolioView, PositionView, object_of
 from positions.queries.as_of import portfolio_as_of, position_as_of
 from positions.queries.portfolio import portfolio
 from positions.queries.positions import position
 from positions.storage import ledger
 from positions.storage.database import transaction
+from positions.storage.portfolio import Sums
 from tests.integration.support import RULES, apply, events_of, execution, executions, stored
 from tests.unit.test_position_laws import KEYS, START, entries_of, reports_of
 
@@ -304,7 +305,14 @@ def test_the_portfolio_of_now_is_the_portfolio(engine: Engine) -> None:
         price(engine, PositionKey(f"A{number}USDT", Mode.ONE_WAY), "7", at_second(500 + number))
     for asset in (None, "A1USDT"):
         with transaction(engine) as connection:
-            now = portfolio(connection, now=NOW, stale_after=STALE, max_exposure=Decimal(10), asset=asset)
+            now = portfolio(
+                connection,
+                Sums(PortfolioSums()),
+                now=NOW,
+                stale_after=STALE,
+                max_exposure=Decimal(10),
+                asset=asset,
+            )
         assert all_was(engine, NOW, asset=asset) == now
     assert now.stale_assets == ("A1USDT",)
 

@@ -83,7 +83,7 @@ class Caches:
 
     def ask(self, cache: MetricsCache, version: int, name: str = "portfolio") -> str:
         """Return where the figures came from; they are right."""
-        at, figures, outcome = cache.get(version, name, lambda: self.make(version))
+        at, [figures], outcome = cache.get(version, [name], lambda: self.make(version))
         assert (at, figures) == (version, made(version)[name])
         return outcome
 
@@ -92,7 +92,7 @@ class Caches:
 
     def asked(self) -> int:
         """Return how often Redis was asked for figures."""
-        found: int = self.client.info("commandstats").get("cmdstat_hget", {"calls": 0})["calls"]
+        found: int = self.client.info("commandstats").get("cmdstat_hmget", {"calls": 0})["calls"]
         return found
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ def test_one_process_computes_and_the_others_take_what_it_stored(caches: Caches,
     found: list[tuple[bytes, str]] = []
 
     def ask(name: str) -> None:
-        at, figures, outcome = caches.new().get(7, name, make)
+        at, [figures], outcome = caches.new().get(7, [name], make)
         assert 7 <= at <= made_at
         found.append((figures, outcome))
 
@@ -149,7 +149,7 @@ def test_process_that_dies_while_it_computes_holds_nobody_up_for_long(caches: Ca
         "import sys, time\n"
         "from positions.storage.metrics_cache import MetricsCache\n"
         f"cache = MetricsCache(sys.argv[1], prefix={PREFIX!r}, ttl_s=10, connections=1)\n"
-        "cache.get(7, 'portfolio', lambda: print('computing', flush=True) or time.sleep(600))\n"
+        "cache.get(7, ['portfolio'], lambda: print('computing', flush=True) or time.sleep(600))\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program, redis_url], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -171,7 +171,7 @@ def test_lock_of_one_that_computes_ends_by_itself(caches: Caches) -> None:
         left_s.append(caches.client.ttl(f"{caches.key(7)}:lock"))
         return caches.make(7)
 
-    caches.new().get(7, "portfolio", make)
+    caches.new().get(7, ["portfolio"], make)
     assert 0 < left_s[0] <= metrics_cache.COMPUTE_S
     assert not caches.client.exists(f"{caches.key(7)}:lock")
 
@@ -180,7 +180,7 @@ def test_figures_of_another_version_are_not_served(caches: Caches) -> None:
     for version in (7, 8, 6):
         assert caches.ask(caches.new(), version) == "miss"
         assert caches.ask(caches.new(), version, "pnl") == "hit"
-    assert caches.new().get(7, "pnl", lambda: caches.make(7), era="other")[2] == "miss"
+    assert caches.new().get(7, ["pnl"], lambda: caches.make(7), era="other")[2] == "miss"
     # Not even under the very key.
     caches.client.rename(caches.key(8), caches.key(9))
     for version in (9, 8):
@@ -210,6 +210,22 @@ def test_rubbish_under_the_present_key_is_not_served(
     assert caches.ask(cache, 7, "pnl") == "hit"
     assert caches.ask(cache, 7) == "miss"
     assert caches.ask(cache, 7) == "hit"
+
+
+def test_figures_that_belong_together_are_served_together_or_not_at_all(caches: Caches) -> None:
+    cache = caches.new()
+
+    def both() -> str:
+        at, figures, outcome = cache.get(7, ("pnl", "exposure"), lambda: caches.make(7))
+        assert (at, figures) == (7, [made(7)["pnl"], made(7)["exposure"]])
+        return outcome
+
+    assert [both(), both()] == ["miss", "hit"]
+    for name in ("pnl", "exposure"):
+        caches.client.hdel(caches.key(7), name)
+        assert [both(), both()] == ["miss", "hit"]
+        caches.client.hset(caches.key(7), name, caches.client.hget(caches.key(7), "portfolio") or b"")
+        assert [both(), both()] == ["miss", "hit"]
 
 
 def test_key_of_another_type_is_no_reason_to_fail(caches: Caches) -> None:
@@ -315,14 +331,14 @@ class Query:
         self._lock = threading.Lock()
         monkeypatch.setattr(routes, "portfolio", self)
 
-    def __call__(self, connection: Connection, **wanted: Any) -> Any:
+    def __call__(self, connection: Connection, sums: Any, **wanted: Any) -> Any:
         with self._lock:
             self.asked += 1
             first = self.asked == 1
         if first:
             self.begun.set()
             assert self.go_on.wait(60)
-        return portfolio(connection, **wanted)
+        return portfolio(connection, sums, **wanted)
 
 
 def buy(engine: Engine, number: int) -> None:

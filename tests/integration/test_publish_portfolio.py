@@ -8,7 +8,9 @@ from datetime import UTC, datetime, timedelta
 from sqlalchemy import Engine, select
 
 from positions.handlers.publish_portfolio import publish_portfolio
+from positions.messages.outbound import PortfolioSums
 from positions.storage.database import transaction
+from positions.storage.portfolio import Sums
 from positions.storage.tables import outbox
 from tests.integration.support import apply, execution
 
@@ -19,6 +21,7 @@ def published(engine: Engine, second: float) -> bool:
     with transaction(engine) as connection:
         return publish_portfolio(
             connection,
+            Sums(PortfolioSums()),
             now=NOW + timedelta(seconds=second),
             interval=timedelta(seconds=1),
             stale_after=timedelta(minutes=5),

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from positions.domain.events import Mode, PositionKey
 from positions.domain.figures import Figures
 from positions.messages.outbound import (
+    PortfolioSums,
     PortfolioView,
     PositionView,
     object_of,
+    to_json,
     utc_text,
 )
 
@@ -196,7 +201,8 @@ def _sums(asset: str, **changes: Any) -> dict[str, Any]:
         "long_count": 0,
         "short_count": 0,
         "unpriced": False,
-        "stale": False,
+        "oldest_price_at": NOW,
+        "ids": 0,
     }
     assert changes.keys() <= row.keys()
     return row | changes
@@ -218,18 +224,24 @@ SUMS = [
         long_count=1,
     ),
     _sums("DOGEUSDT", exposure=Decimal("24.8"), net_exposure=Decimal("-24.8"), size=Decimal(-200),
-          open_count=1, short_count=1, stale=True),
+          open_count=1, short_count=1, oldest_price_at=NOW - STALE_AFTER - timedelta(microseconds=1)),
     _sums("ETHUSDT", exposure=None, net_exposure=None, size=Decimal(1), open_count=1, long_count=1,
-          unpriced=True),
+          unpriced=True, oldest_price_at=None),
 ]  # fmt: skip
 
 
 def _portfolio(limit: str | None = None, asset: str | None = None) -> PortfolioView:
-    return PortfolioView.of(SUMS, max_exposure=Decimal(limit) if limit else None, now=NOW, asset=asset)
+    return PortfolioView.of(
+        PortfolioSums().with_rows(SUMS),
+        max_exposure=Decimal(limit) if limit else None,
+        now=NOW,
+        stale_after=STALE_AFTER,
+        asset=asset,
+    )
 
 
 def test_portfolio_object_is_the_contracts() -> None:
-    answer = object_of(_portfolio())
+    answer = json.loads(to_json(object_of(_portfolio())))
     by_asset = answer.pop("by_asset")
     assert answer == {
         "total_exposure_usdt": "75174.8",
@@ -246,11 +258,11 @@ def test_portfolio_object_is_the_contracts() -> None:
         "long_positions_count": 2,
         "short_positions_count": 1,
         "limit_exceeded": False,
-        "unpriced_assets": ("ETHUSDT",),
-        "stale_assets": ("DOGEUSDT",),
+        "unpriced_assets": ["ETHUSDT"],
+        "stale_assets": ["DOGEUSDT"],
         "calculated_at": "2025-01-15T10:00:00Z",
     }
-    assert isinstance(by_asset, dict)
+    assert list(by_asset) == ["BTCUSDT", "DOGEUSDT", "ETHUSDT"]
     assert by_asset["BTCUSDT"] == {
         "exposure": "75150",
         "unrealized": "150",
@@ -263,8 +275,37 @@ def test_portfolio_object_is_the_contracts() -> None:
     assert by_asset["ETHUSDT"]["exposure"] is None
 
 
+_AMOUNTS = st.decimals(-(10**20), 10**20, allow_nan=False, allow_infinity=False, places=18)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ABCD"), _AMOUNTS, _AMOUNTS, st.none() | _AMOUNTS, st.integers(0, 2)),
+        max_size=12,
+    ),
+    st.data(),
+)
+def test_sums_that_are_gone_on_from_are_those_of_the_last_rows(told: list[Any], data: st.DataObject) -> None:
+    rows = [
+        _sums(asset, unrealized_pnl=one, fees_paid=other, exposure=third, open_count=count, ids=count - 1)
+        for asset, one, other, third, count in told
+    ]
+    step_by_step = PortfolioSums()
+    while rows:
+        until = data.draw(st.integers(1, len(rows)))
+        step_by_step, rows = step_by_step.with_rows(rows[:until]), rows[until:]
+    last = {asset: row for asset, *row in told}
+    at_once = PortfolioSums().with_rows(
+        _sums(asset, unrealized_pnl=one, fees_paid=other, exposure=third, open_count=count, ids=count - 1)
+        for asset, (one, other, third, count) in last.items()
+    )
+    assert step_by_step == at_once
+    assert list(step_by_step.by_asset) == sorted(last)
+
+
 def test_nothing_held_is_zeros() -> None:
-    answer = object_of(PortfolioView.of([], max_exposure=Decimal(0), now=NOW))
+    view = PortfolioView.of(PortfolioSums(), max_exposure=Decimal(0), now=NOW, stale_after=STALE_AFTER)
+    answer = json.loads(to_json(object_of(view)))
     assert answer["total_exposure_usdt"] == answer["total_pnl_usdt"] == "0"
     assert answer["open_positions_count"] == 0
     assert answer["by_asset"] == {}

@@ -86,11 +86,11 @@ def bound_waits() -> None:
     Not for processes that COPY, nor for Celery's, whose tasks have a time limit: it is in force for all
     connections, and costs some 10 µs a statement.
     """
-    extensions.set_wait_callback(_wait)
+    extensions.set_wait_callback(wait)
 
 
-def _wait(connection: Any) -> None:
-    """Wait until ``connection`` has what it asked for; psycopg2 closes it when this raises."""
+def wait(connection: Any) -> None:
+    """Wait until ``connection`` has what it asked for; it is of no use any more when this raises."""
     deadline = min(time.monotonic() + ANSWER_S, _deadline.get(math.inf))
     if not _silent.is_set():
         _wait_until(connection, deadline)

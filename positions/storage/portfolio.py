@@ -1,13 +1,16 @@
 """The sums over all positions, exact: PostgreSQL adds and multiplies `numeric` without rounding."""
 
 import threading
+import time
 from collections.abc import Iterable, Sized
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from select import POLLIN, poll
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import psycopg2
+from psycopg2.extensions import POLL_OK
 from sqlalchemy import (
     Connection,
     Engine,
@@ -25,7 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from positions.errors import Unavailable
-from positions.storage.database import refuse_while_silent
+from positions.storage.database import refuse_while_silent, wait
 from positions.storage.tables import Amount, portfolio_exposures, positions
 
 _NOTHING = literal(0, Amount)
@@ -275,6 +278,81 @@ class Versions:
             with suppress(psycopg2.Error):
                 self._cursor.connection.close()
             self._cursor = None
+
+
+class VersionsAside:
+    """Reads the portfolio's version without waiting for it; for one thread, which has other things to do.
+
+    It is asked on a connection of its own, which another thread makes.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Open nothing yet."""
+        self._engine = engine
+        self._cursor: Any = None
+        self._poll = poll()
+        self._open = False
+        """Whether a question was not answered yet."""
+
+    def connect(self) -> None:
+        """Connect, and wait for that.
+
+        Raises:
+            Unavailable: the database cannot be reached.
+        """
+        try:
+            with closing(self._engine.raw_connection()) as other:
+                info = other.driver_connection.info  # type: ignore[union-attr]
+                connection = psycopg2.connect(**info.dsn_parameters, password=info.password, async_=True)
+            wait(connection)
+            self._poll = poll()
+            self._poll.register(connection.fileno(), POLLIN)
+            self._cursor, self._open = connection.cursor(), False
+        except (psycopg2.Error, SQLAlchemyError) as error:
+            raise Unavailable(f"{type(error).__name__} at the portfolio's version") from error
+
+    def begin(self) -> bool:
+        """Ask for the version; return whether it was asked for: not while the last question is open.
+
+        Raises:
+            Unavailable: there is no connection any more.
+        """
+        if self._cursor is None or (self._open and not self._answered(0)):
+            return False
+        try:
+            self._cursor.execute(_VERSION)
+        except psycopg2.Error as error:
+            raise self._lost(error) from error
+        self._open = True
+        return True
+
+    def end(self, wait_s: float) -> int | None:
+        """Return the version that was asked for; None if it is not told in time.
+
+        Raises:
+            Unavailable: it will never be told.
+        """
+        if not self._answered(wait_s):
+            return None
+        found: int = self._cursor.fetchone()[0]
+        return found
+
+    def _answered(self, wait_s: float) -> bool:
+        deadline = time.monotonic() + wait_s
+        try:
+            while self._cursor.connection.poll() != POLL_OK:
+                if not self._poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+                    return False
+        except psycopg2.Error as error:
+            raise self._lost(error) from error
+        self._open = False
+        return True
+
+    def _lost(self, error: psycopg2.Error) -> Unavailable:
+        with suppress(psycopg2.Error):
+            self._cursor.connection.close()
+        self._cursor = None
+        return Unavailable(f"{type(error).__name__} at the portfolio's version")
 
 
 _CLAIM = """

@@ -78,8 +78,9 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.register_api(snapshots.blueprint)
     app.register_api(quarantine.blueprint)
     app.add_url_rule("/openapi.json", view_func=public(lambda: openapi.document(app)))
-    shortcut.init(app, ring, limiter, (*SAFE_HEADERS, *UNLESS_SAID))
-    limits.behind_proxies(app, settings)
+    headers = (*SAFE_HEADERS, *UNLESS_SAID)
+    app.extensions[shortcut.NAME] = shortcut.ShortWay(app, settings, ring, limiter, headers)
+    app.wsgi_app = limits.behind_proxies(app.wsgi_app, settings)  # type: ignore[method-assign,assignment]
     return app
 
 

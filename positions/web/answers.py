@@ -9,7 +9,6 @@ from sqlalchemy import Connection
 from werkzeug.http import parse_etags
 
 from positions import metrics
-from positions.errors import Unavailable
 from positions.messages.outbound import Json, to_json
 from positions.storage import portfolio
 from positions.storage.database import transaction
@@ -20,8 +19,6 @@ from positions.web.resources import resources
 # Most of each of the portfolio's figures, and the same in all of them: stored once, and put in where there is
 # a character that JSON cannot have.
 _BY_ASSET, _HOLE = "by_asset", "\0"
-VERSION = "positions.version"
-"""Key of the WSGI environment: the portfolio's version where it was read already, or why it could not be."""
 
 
 def kept(
@@ -40,7 +37,7 @@ def kept(
         vary: names the header by which others get another answer.
     """
     answers, question = resources().answers, question_of(request.environ)
-    asked = _version()
+    asked = resources().version()
     found = answers.get(question, asked)
     if found is None:
         with answers.turn(question):
@@ -63,13 +60,6 @@ def _put(question: object, version: int, answer: Answer) -> Answer:
     answer = replace(answer, route=rule.rule if rule and any_key_will_do() else None)
     resources().answers.put(question, version, answer)
     return answer
-
-
-def _version() -> int:
-    known: int | Unavailable | None = request.environ.get(VERSION)
-    if isinstance(known, Unavailable):
-        raise known
-    return resources().version() if known is None else known
 
 
 def respond(answer: Answer) -> Response:
@@ -97,7 +87,7 @@ def kept_by_all(name: str, make: Callable[[Connection], Mapping[str, Mapping[str
     Where none of them has it, one computes: what it stores in the cache serves the others.
     """
     own, question = resources(), question_of(request.environ)
-    asked = _version()
+    asked = own.version()
     found = own.answers.get(question, asked)
     if found is None:
         with own.answers.turn(name):

@@ -50,9 +50,8 @@ bind = f"{_settings.host}:{_settings.port}"
 # again after a second, which under such load is better than a place at the end of a longer queue.
 backlog = 512
 
-# Processes for the cores, threads for the waiting: requests that wait together ask Redis and PostgreSQL
-# together, and more threads gain nothing any more. Each thread may hold a database connection or two, so that
-# workers x threads is what PostgreSQL's max_connections has to bear.
+# Processes for the cores, threads for the waiting; what is kept is answered without one. Each thread may hold
+# a database connection, so that workers x threads is what PostgreSQL's max_connections has to bear.
 workers = _settings.web_workers
 worker_class = "positions.web.worker.Worker"  # gthread, and what it lacks
 threads = _settings.web_threads

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import flask_limiter
 import redis
@@ -32,6 +32,9 @@ from positions import metrics
 from positions.settings import REDIS_SCHEMES, Settings
 from positions.web.problems import problem
 from positions.web.resources import NAME, Resources
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
 
 log = structlog.get_logger(__name__)
 
@@ -157,12 +160,11 @@ def init(app: Flask, settings: Settings) -> "Limiter | None":
     return limiter
 
 
-def behind_proxies(app: Flask, settings: Settings) -> None:
-    """Let an address be the one that our own proxies wrote down."""
-    if settings.trusted_proxies:
-        app.wsgi_app = ProxyFix(  # type: ignore[method-assign]
-            app.wsgi_app, x_for=settings.trusted_proxies, x_proto=0, x_host=0
-        )
+def behind_proxies(app: "WSGIApplication", settings: Settings) -> "WSGIApplication":
+    """Return ``app`` as it is behind our own proxies: an address is the one that they wrote down."""
+    if not settings.trusted_proxies:
+        return app
+    return ProxyFix(app, x_for=settings.trusted_proxies, x_proto=0, x_host=0)
 
 
 def _exempt() -> bool:
@@ -274,17 +276,26 @@ class Limiter(flask_limiter.Limiter):
         """Whether requests are counted there now."""
         return not self._storage_dead
 
-    def take(self, key: Key, requests: int) -> list[Window]:
-        """Count some requests of ``key`` in Redis, and return how each stands then.
+    def connected(self) -> Any:
+        """Return a connection for `take`.
+
+        Raises:
+            RedisError: Redis is away.
+        """
+        storage: _OneCall = self._storage  # type: ignore[assignment]
+        return storage.connected()
+
+    def take(self, key: Key, requests: int, connection: Any) -> list[Window]:
+        """Count some requests of ``key`` in Redis, over ``connection``, and return how each stands then.
 
         Raises:
             RedisError: it is away, or does not take it.
         """
-        return self._take(_whose_key(key), key.requests_per_minute, requests)
+        return self._take(_whose_key(key), key.requests_per_minute, requests, connection)
 
-    def _take(self, whose: str, amount: int, requests: int) -> list[Window]:
+    def _take(self, whose: str, amount: int, requests: int, connection: Any = None) -> list[Window]:
         storage: _OneCall = self._storage  # type: ignore[assignment]
-        passed, held, age_us = storage.hit(_name(whose, amount), amount, WINDOW_S, requests)
+        passed, held, age_us = storage.hit(_name(whose, amount), amount, WINDOW_S, requests, connection)
         left_s = WINDOW_S - age_us / 1_000_000
         # As if each had come by itself.
         return [
@@ -328,8 +339,18 @@ class _OneCall(RedisStorage):
             return False
         return True
 
-    def hit(self, key: str, limit: int, expiry: int, amount: int) -> tuple[int, int, int]:
+    def connected(self) -> Any:
+        """Return a connection for `hit`."""
+        connection: Any = self.storage.connection_pool.make_connection()
+        connection.connect()
+        return connection
+
+    def hit(
+        self, key: str, limit: int, expiry: int, amount: int, connection: Any = None
+    ) -> tuple[int, int, int]:
         """Count ``amount`` requests, or those of them that still fit.
+
+        A ``connection`` that is given is used, and never opened again.
 
         Returns:
             how many fitted, how many there are now, and the age of the oldest in microseconds.
@@ -337,7 +358,9 @@ class _OneCall(RedisStorage):
         Raises:
             RedisError: Redis is away, or does not take them.
         """
-        connection = getattr(self._of_thread, "connection", None)
+        given = connection is not None
+        if connection is None:
+            connection = getattr(self._of_thread, "connection", None)
         if connection is None:
             connection = self._of_thread.connection = self.storage.connection_pool.make_connection()
         arguments = (1, self.prefixed_key(key), limit, expiry, amount)
@@ -346,10 +369,14 @@ class _OneCall(RedisStorage):
                 return self._run(connection, *arguments)
             except redis.ConnectionError:
                 # Redis, or something on the way, has closed it since its last use.
+                if given:
+                    raise
                 return self._run(connection, *arguments)
         except redis.RedisError as error:
-            self._failed_at = time.monotonic()
-            self._on_error(error)
+            # That one was closed says nothing of Redis before another was tried.
+            if not given or not isinstance(error, redis.ConnectionError):
+                self._failed_at = time.monotonic()
+                self._on_error(error)
             raise
 
     @staticmethod

@@ -1,23 +1,27 @@
 """gunicorn's threaded worker, with what it lacks: our answers to broken requests, and an end to slow clients.
 
-A client can hold a thread in three ways: by sending nothing, by sending slowly, and by not reading its
-answer. The first is left to the poller, which costs nothing; the other two end after `HEAD_MAX_S` and
-`REQUEST_MAX_S`. That bounds what one client costs, not what many do: as many slow clients as there are
-threads still take them all, again and again. Only a proxy that reads whole requests and takes whole answers
-before it bothers a thread (nginx does so by default) keeps those away.
+A client can hold a thread in two ways: by sending slowly, and by not reading its answer. These end after
+`HEAD_MAX_S` and `REQUEST_MAX_S`; one that sends nothing has no thread yet. That bounds what one client costs,
+not what many do: as many slow clients as there are threads still take them all, again and again. Only a proxy
+that reads whole requests and takes whole answers before it bothers a thread (nginx does so by default) keeps
+those away.
 """
 
+import errno
 import logging
+import selectors
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from io import BytesIO
 from typing import Any
 
 import structlog
 from gunicorn import util
 from gunicorn.http import errors, wsgi
+from gunicorn.http.parser import RequestParser
 from gunicorn.workers import gthread
 from werkzeug.exceptions import (
     BadRequest,
@@ -29,12 +33,14 @@ from werkzeug.exceptions import (
     RequestURITooLarge,
 )
 
+from positions.web import shortcut
+from positions.web.shortcut import Asked, ShortWay
 from positions.web.tracing import REFUSED
 
 log = structlog.get_logger(__name__)
 
-FIRST_BYTE_S = 0.05
-"""How long a thread waits for a new connection's first byte; then the poller does."""
+HEAD_MAX_BYTES = 8192
+"""What the main loop reads at once."""
 HEAD_MAX_S = 4.0
 """How long a request's line and headers may take from the first byte on; they come in one packet mostly."""
 REQUEST_MAX_S = 20.0
@@ -57,24 +63,171 @@ _MEANINGS: tuple[tuple[type[Exception], type[HTTPException], str], ...] = (
 
 
 class Worker(gthread.ThreadWorker):  # type: ignore[misc] # gunicorn has no types
-    """What gunicorn_conf names as the worker's class."""
+    """What gunicorn_conf names as the worker's class.
+
+    The main loop reads what clients send, and answers itself what takes the short way
+    (`positions.web.shortcut`): all that came meanwhile together, and without waking a thread. All else, and
+    what comes in parts, is for the pool of threads, as in gthread.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._ends: dict[Any, float] = {}
-        """Connections that a thread is at work for, and until when it may be."""
+        """Connections whose request is being served, and until when it may be."""
+        self._short_way: ShortWay | None = None
+        """None where the application has none."""
+        self._together: list[tuple[Any, Asked]] = []
+        self._found_out: dict[Any, dict[str, object]] = {}
+        """By socket, what the short way found out about a request that goes on the long way."""
 
     def init_process(self) -> None:
         logging.getLogger("gunicorn.error").addFilter(_without_traceback_of_a_lost_client)
         super().init_process()
 
+    def load_wsgi(self) -> None:
+        app = self.app.wsgi()
+        self._short_way = getattr(app, "extensions", {}).get(shortcut.NAME)
+
+        def with_what_was_found_out(environ: Any, start_response: Any) -> Any:
+            environ.update(self._found_out.pop(environ.get("gunicorn.socket"), ()))
+            return app(environ, start_response)
+
+        self.wsgi = with_what_was_found_out
+
+    def accept(self, listener: Any) -> None:
+        """Take a connection, and wait for its first request as for any other; called in the main loop."""
+        try:
+            client, address = listener.accept()
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
+                raise
+            return
+        self.nr_conns += 1
+        conn = gthread.TConn(self.cfg, client, address, listener.getsockname())
+        conn.head = None
+        self._wait_for_request(conn)
+        self.poller.register(client, selectors.EVENT_READ, partial(self.on_client_socket_readable, conn))
+
+    def _wait_for_request(self, conn: Any) -> None:
+        conn.set_timeout()
+        if not self.alive:
+            # It took its last answer slowly; a worker that stops does not wait for another request as long.
+            conn.timeout = time.monotonic() + gthread.STOP_KEEPALIVE_LINGER
+        self.keepalived_conns.append(conn)
+
+    def on_client_socket_readable(self, conn: Any, client: Any) -> None:
+        """Take up a request; called in the main loop."""
+        self.keepalived_conns.remove(conn)
+        try:
+            conn.read = client.recv(HEAD_MAX_BYTES)
+        except OSError:
+            conn.read = b""
+        if not conn.read:
+            self._close(conn)
+        elif asked := self._begun(conn):
+            self._together.append((conn, asked))
+        else:
+            self._long_way(conn)
+
+    def _begun(self, conn: Any) -> Asked | None:
+        """Return what ``conn`` sent as a request that may take the short way, None for others."""
+        if (
+            self._short_way is None
+            or not self.alive
+            # The last one, or one too many: gthread ends the worker, or the connection.
+            or self.nr + len(self._together) + 1 >= self.max_requests
+            or len(self.keepalived_conns) >= self.max_keepalived
+            or not conn.read.startswith(b"GET ")
+            # One request, all of it.
+            or conn.read.find(b"\r\n\r\n") != len(conn.read) - 4
+        ):
+            return None
+        try:
+            # Who asks again says the same again, byte for byte: reading it costs more than all the rest.
+            if conn.read != conn.head:
+                conn.head = None
+                if not self._short_way.keeps(conn.read.split(b" ", 2)[1].decode("latin-1")):
+                    return None
+                request = next(RequestParser(self.cfg, (conn.read,), conn.client))
+                if request.version != (1, 1) or request.should_close() or request._expected_100_continue:  # noqa: SLF001
+                    return None
+                _, conn.environ = wsgi.create(request, conn.sock, conn.client, conn.server, self.cfg)
+                conn.head = conn.read
+            return self._short_way.begin(conn.environ)
+        except (errors.ParseException, StopIteration):
+            return None
+        except Exception as error:  # noqa: BLE001 - the main loop must go on
+            self._found_out[conn.sock] = {REFUSED: error}
+            return None
+
+    def _long_way(self, conn: Any) -> None:
+        self.poller.unregister(conn.sock)
+        self.enqueue_req(conn)
+
+    def _close(self, conn: Any) -> None:
+        self.poller.unregister(conn.sock)
+        self.nr_conns -= 1
+        conn.close()
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        """Take up what there is; called again and again in the main loop."""
+        super().wait_for_and_dispatch_events(timeout)
+        if self._short_way and self._together:
+            together, self._together = self._together, []
+            self._answer(self._short_way, together)
+
+    def _answer(self, short_way: ShortWay, together: Sequence[tuple[Any, Asked]]) -> None:
+        short_way.ask([asked for _, asked in together])
+        common = f"Server: {wsgi.SERVER}\r\nDate: {util.http_date()}\r\nConnection: keep-alive\r\n"
+        for conn, asked in together:
+            answer = short_way.answer(asked)
+            if answer is None:
+                self._found_out[conn.sock] = asked.found_out
+                self._long_way(conn)
+                continue
+            self.nr += 1
+            status, headers, body = answer
+            own = "".join([f"{name}: {value}\r\n" for name, value in headers])
+            self._send(conn, f"HTTP/1.1 {status}\r\n{common}{own}\r\n".encode("latin-1"), body)
+
+    def _send(self, conn: Any, head: bytes, body: bytes) -> None:
+        try:
+            sent = conn.sock.sendmsg((head, body))
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._close(conn)
+            return
+        if sent == len(head) + len(body):
+            self._wait_for_request(conn)
+            return
+        self._ends[conn] = time.monotonic() + REQUEST_MAX_S
+        rest = memoryview(head + body)[sent:]
+        self.poller.modify(conn.sock, selectors.EVENT_WRITE, partial(self._send_rest, conn, rest))
+
+    def _send_rest(self, conn: Any, rest: memoryview, client: Any) -> None:
+        try:
+            rest = rest[client.send(rest) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            del self._ends[conn]
+            self._close(conn)
+            return
+        if rest:
+            self.poller.modify(client, selectors.EVENT_WRITE, partial(self._send_rest, conn, rest))
+        else:
+            del self._ends[conn]
+            self._wait_for_request(conn)
+            self.poller.modify(client, selectors.EVENT_READ, partial(self.on_client_socket_readable, conn))
+
     def handle(self, conn: Any) -> Any:
         """Serve one request; called in a thread."""
-        # gunicorn has the thread wait five seconds: a handful of connections without a word would do.
-        if not conn.initialized and not conn.data_ready and not conn.wait_for_data(FIRST_BYTE_S):
-            return gthread._DEFER  # noqa: SLF001
         self._ends[conn] = time.monotonic() + HEAD_MAX_S
         try:
+            conn.init()
+            conn.parser.unreader.unread(conn.read)
+            conn.read = b""
             again = super().handle(conn)
             if not again:
                 # Here, not in the main loop, which would wait up to two seconds for the client to hang up.
@@ -82,6 +235,7 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc] # gunicorn has no type
             return again
         finally:
             del self._ends[conn]
+            self._found_out.pop(conn.sock, None)
 
     def handle_request(self, req: Any, conn: Any) -> Any:
         """Answer a request whose head is read; called in a thread."""
@@ -108,7 +262,7 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc] # gunicorn has no type
         now = time.monotonic()
         for conn, end in list(self._ends.items()):
             if now > end:
-                # The thread's read or write ends; it closes the socket itself.
+                # The read or write ends; who does it closes the socket.
                 with suppress(OSError):
                     conn.sock.shutdown(socket.SHUT_RDWR)
 

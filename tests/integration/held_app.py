@@ -9,11 +9,15 @@ from uuid import uuid4
 from flask import Flask
 
 from positions import web
+from positions.web import memory, worker
 from positions.web.auth import public
 
 
-def create_app(folder: str) -> Flask:
+def create_app(
+    folder: str, *, kept_s: float = memory.KEPT_S, request_max_s: float = worker.REQUEST_MAX_S
+) -> Flask:
     """Return the application; `/held` leaves a file in ``folder``, and answers once there is `go`."""
+    memory.KEPT_S, worker.REQUEST_MAX_S = kept_s, request_max_s
     app = web.create_app()
 
     def held() -> str:

@@ -286,7 +286,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     keys: list[str] = []
     hit = limits._OneCall.hit
 
-    def counted(self: limits._OneCall, key: str, *rest: int) -> tuple[int, int, int]:
+    def counted(self: limits._OneCall, key: str, *rest: Any) -> tuple[int, int, int]:
         keys.append(key)
         return hit(self, key, *rest)
 

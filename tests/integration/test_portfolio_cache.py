@@ -27,7 +27,7 @@ from positions.queries.portfolio import portfolio
 from positions.storage import metrics_cache
 from positions.storage.database import transaction
 from positions.storage.metrics_cache import MetricsCache
-from positions.storage.portfolio import Versions
+from positions.storage.portfolio import Versions, VersionsAside
 from positions.web import QUERY_MAX_BYTES, memory
 from positions.web import portfolio as routes
 from positions.web.memory import Answer, LastAnswers
@@ -772,3 +772,39 @@ def test_version_that_finds_no_connection_free_is_unavailable(database_url: str)
     assert versions() >= 0
     versions._close()
     engine.dispose()
+
+
+def test_late_answer_is_told_to_no_later_question(engine: Engine, postgres: PostgreSQL) -> None:
+    aside = VersionsAside(engine)
+    aside.connect()
+    assert aside.begin()
+    before = aside.end(60)
+    assert before is not None
+    with postgres.frozen():
+        assert aside.begin()
+        assert aside.end(0) is None
+        # One question at a time.
+        assert not aside.begin()
+    assert aside._answered(60)
+    with transaction(engine) as connection:
+        changed(connection)
+    assert aside.begin()
+    assert aside.end(60) == before + 1
+
+
+def test_question_whose_connection_is_lost_is_unavailable(engine: Engine) -> None:
+    aside = VersionsAside(engine)
+    # Where nobody has connected yet, nothing is asked.
+    assert not aside.begin()
+    for asked_before in (False, True):
+        aside.connect()
+        if asked_before:
+            assert aside.begin()
+            assert aside.end(60) is not None
+        with engine.begin() as connection:
+            pid = aside._cursor.connection.info.backend_pid
+            connection.exec_driver_sql("SELECT pg_terminate_backend(%(pid)s)", {"pid": pid})
+        with pytest.raises(Unavailable):  # noqa: PT012 - at the one or at the other
+            aside.begin()
+            aside.end(60)
+        assert not aside.begin()

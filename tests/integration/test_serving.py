@@ -11,12 +11,13 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from tests.integration.api import APPLICATION, GUNICORN, KEY, ROOT, Served, environ, served, store
 from tests.services import PostgreSQL, wait_until
@@ -276,6 +277,161 @@ def test_slow_client_is_cut_off(
             stop.set()
             slow.join()
         assert not [line for line in api.lines if line["level"] in ("error", "critical")]
+
+
+# --- what the main loop answers itself
+
+
+KEPT = "/api/v1/portfolio"
+BIG = "/api/v1/positions?limit=500"
+
+
+def _asking(path: str, *more: str, version: str = "1.1") -> bytes:
+    return "\r\n".join((f"GET {path} HTTP/{version}", f"X-API-Key: {KEY}", *more, "", "")).encode()
+
+
+class Client:
+    """A plain connection, and what comes over it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self._received = connection.makefile("rb")
+
+    def answer(self) -> tuple[str, dict[str, str], bytes]:
+        """Return the first line, the headers and the body of the next answer; nothing where there is none."""
+        first, headers = self._received.readline().decode().strip(), {}
+        while line := self._received.readline().decode().strip():
+            name, _, value = line.partition(": ")
+            assert name not in headers
+            headers[name] = value
+        return first, headers, self._received.read(int(headers.get("Content-Length", 0)))
+
+    def ask(self, *more: str, path: str = KEPT) -> tuple[str, dict[str, str], bytes]:
+        self.connection.sendall(_asking(path, *more))
+        return self.answer()
+
+
+class Busy:
+    """A service whose one thread is busy until it is let go; what is kept was asked for before."""
+
+    def __init__(self, api: Served, folder: Path, clients: ExitStack) -> None:
+        self.api = api
+        self._folder = folder
+        self._clients = clients
+        self.first = {path: self.client().ask(path=path) for path in (KEPT, BIG)}
+
+    def client(self) -> Client:
+        return Client(self._clients.enter_context(self.api.connect()))
+
+    def asked_in_vain(self, client: Client) -> int:
+        """Ask for more than the buffers hold, and read nothing; return how often was asked."""
+        for count in range(100):
+            if not wait_until(lambda: len(self.api.served(trace_id="slow")) == count, limit_s=1):  # noqa: B023
+                return count
+            client.connection.sendall(_asking(BIG, "X-Trace-Id: slow"))
+        raise AssertionError("it took them all")
+
+    def connections(self) -> int:
+        """Return how many files and sockets the worker has open."""
+        return len(list(Path(f"/proc/{self.api.workers[0]}/fd").iterdir()))
+
+    def let_go(self) -> None:
+        (self._folder / "go").touch()
+
+
+@contextmanager
+def _busy(settings: Settings, url: str, folder: Path, **more: float) -> Iterator[Busy]:
+    _store(url, *(f"C{number:03}" for number in range(1000)))
+    held = folder / "held"
+    held.mkdir()
+    small = {"POSITION_MANAGER_WEB_WORKERS": "1", "POSITION_MANAGER_WEB_THREADS": "1"}
+    arguments = "".join(f", {name}={value}" for name, value in more.items())
+    app = f"tests.integration.held_app:create_app({str(held)!r}, kept_s=600{arguments})"
+    engine = create_engine(url)
+    versions = text(
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND query LIKE '%FROM portfolio_versions'"
+    )
+
+    def asks_apart() -> bool:
+        """Tell whether the main loop has asked for the version too, and not only the thread."""
+        assert busy.client().ask()[0] == "HTTP/1.1 200 OK"
+        with engine.connect() as connection:
+            found: int = connection.execute(versions).scalar_one()
+        return found == 2
+
+    with served(folder, {**settings, **small}, app=app) as api, ExitStack() as clients:
+        busy = Busy(api, held, clients)
+        assert wait_until(asks_apart, limit_s=60)
+        engine.dispose()
+        busy.client().connection.sendall(b"GET /held HTTP/1.1\r\n\r\n")
+        assert wait_until(lambda: bool(list(held.iterdir())), limit_s=60)
+        try:
+            yield busy
+        finally:
+            busy.let_go()
+
+
+def test_kept_answers_need_no_thread(settings: Settings, database_url: str, tmp_path: Path) -> None:
+    with _busy(settings, database_url, tmp_path) as busy:
+        client = busy.client()
+        for path, (first, headers, body) in busy.first.items():
+            for trace_id in ("one", "two", "two"):
+                answer = client.ask(f"X-Trace-Id: {trace_id}", path=path)
+                same = {"Date": answer[1]["Date"], "X-Trace-Id": trace_id}
+                assert answer == (first, headers | same, body)
+            known, its_headers, nothing = client.ask(f"If-None-Match: {headers['ETag']}", path=path)
+            assert (known, nothing) == ("HTTP/1.1 304 NOT MODIFIED", b"")
+            assert its_headers["ETag"] == headers["ETag"]
+        # Clients that vanish.
+        for _ in range(3):
+            vanishing = busy.client().connection
+            vanishing.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            vanishing.sendall(_asking(BIG))
+            vanishing.close()
+        # One that does not read.
+        slow = busy.client()
+        count = busy.asked_in_vain(slow)
+        for _ in range(3):
+            assert client.ask()[0] == "HTTP/1.1 200 OK"
+        assert {slow.answer()[2] for _ in range(count)} == {busy.first[BIG][2]}
+
+
+def test_what_is_not_plain_waits_for_a_thread(settings: Settings, database_url: str, tmp_path: Path) -> None:
+    with _busy(settings, database_url, tmp_path) as busy:
+        parts, two, last, old, broken = (busy.client() for _ in range(5))
+        whole = _asking(KEPT, "X-Trace-Id: not-plain")
+        parts.connection.sendall(whole[:-1])
+        two.connection.sendall(whole * 2)
+        last.connection.sendall(_asking(KEPT, "X-Trace-Id: not-plain", "Connection: close"))
+        old.connection.sendall(_asking(KEPT, "X-Trace-Id: not-plain", version="1.0"))
+        broken.connection.sendall(b"GET / HTTP/1.1\r\nno header\r\n\r\n")
+        assert busy.client().ask()[0] == "HTTP/1.1 200 OK"
+        assert not busy.api.served(trace_id="not-plain")
+        parts.connection.sendall(whole[-1:])
+        busy.let_go()
+        body = busy.first[KEPT][2]
+        for client in (parts, two, two, last):
+            first, headers, found = client.answer()
+            assert (first, found) == ("HTTP/1.1 200 OK", body)
+            assert headers["Connection"] == ("close" if client is last else "keep-alive")
+        assert old.answer()[2] == body
+        assert broken.answer()[0] == "HTTP/1.1 400 BAD REQUEST"
+        for client in (last, old, broken):
+            assert client.answer() == ("", {}, b"")
+        for client in (parts, two):
+            assert client.ask()[2] == body
+
+
+def test_who_does_not_read_a_kept_answer_is_cut_off(
+    settings: Settings, database_url: str, tmp_path: Path
+) -> None:
+    with _busy(settings, database_url, tmp_path, request_max_s=1) as busy:
+        before = busy.connections()
+        slow = busy.client()
+        busy.asked_in_vain(slow)
+        assert wait_until(lambda: busy.connections() == before, limit_s=60)
+        assert busy.client().ask()[0] == "HTTP/1.1 200 OK"
 
 
 # --- a database that stands still

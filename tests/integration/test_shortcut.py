@@ -6,27 +6,33 @@ import hashlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from random import Random
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import redis
 from flask import Flask, Response
 from flask.testing import FlaskClient
 from sqlalchemy import Engine
 from structlog.testing import capture_logs
-from werkzeug.test import TestResponse
+from werkzeug.datastructures import Headers
+from werkzeug.test import EnvironBuilder, TestResponse
 
-from positions.storage import api_keys, database
+from positions.storage import api_keys
 from positions.storage.database import transaction
-from positions.storage.portfolio import Versions
 from positions.web import BODY_MAX_BYTES, auth, memory, shortcut
 from positions.web.answers import kept
 from positions.web.auth import needs_operate
-from positions.web.limits import Limiter
+from positions.web.limits import Limiter, Window
+from positions.web.shortcut import ShortWay
 from tests.integration.api import KEY, Make, problem
 from tests.integration.support import apply, execution
 from tests.services import PostgreSQL, Redis, wait_until
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 PATHS = (
     "/api/v1/portfolio",
@@ -50,12 +56,27 @@ def lasting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Asked:
-    """A client, and how many of its requests went through Flask."""
+    """A client, and how many of its requests went through Flask; the short way first, as in the worker."""
 
     def __init__(self, app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
         self.app = app
+        self.short_way: ShortWay = app.extensions[shortcut.NAME]
         self.through_flask = 0
-        dispatch = app.full_dispatch_request
+        dispatch, long_way = app.full_dispatch_request, app.wsgi_app
+        one_thread = threading.Lock()
+
+        def either_way(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+            with one_thread:
+                if asked := self.short_way.begin(environ):
+                    self.short_way.ask([asked])
+                    if answer := self.short_way.answer(asked):
+                        status, headers, body = answer
+                        start_response(status, headers)
+                        return [body]
+                    environ.update(asked.found_out)
+            return long_way(environ, start_response)
+
+        monkeypatch.setattr(app, "wsgi_app", either_way)
 
         def counted(*given: Any) -> Response:
             self.through_flask += 1
@@ -67,12 +88,27 @@ class Asked:
         headers = more.pop("headers", {}) | ({} if key is None else {"X-API-Key": key})
         return self.app.test_client().open(path, headers=headers, **more)
 
+    def connected(self) -> Asked:
+        """Open the short way."""
+        with self.short_way._connecting:
+            pass
+        assert self.short_way._connecting.acquire()
+        self.short_way._connect()
+        assert self.short_way.connected
+        return self
+
     def short(self, path: str = PATH, **more: Any) -> TestResponse:
         """Ask, which must not go through Flask."""
         before = self.through_flask
         response = self(path, **more)
         assert self.through_flask == before
         return response
+
+    def went_through_flask(self) -> bool:
+        """Ask, and tell whether that went through Flask."""
+        before = self.through_flask
+        assert self().status_code == 200
+        return self.through_flask > before
 
     def long(self, path: str = PATH, **more: Any) -> TestResponse:
         """Ask, which must go through Flask."""
@@ -87,7 +123,7 @@ def make(
     make_app: Make, database_url: str, redis_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Asked]:
     def made(**more: str) -> Asked:
-        return Asked(make_app(database_url, redis=redis_url, **more), monkeypatch)
+        return Asked(make_app(database_url, redis=redis_url, **more), monkeypatch).connected()
 
     buy(engine, 1)
     apply(engine, [execution("ETHUSDT", "Buy", "1", "100")])
@@ -263,48 +299,35 @@ def test_beyond_the_limit_it_is_refused_as_ever(make: Callable[..., Asked]) -> N
         assert (line["status"], line["key_name"]) == (429, "default")
 
 
-def test_limits_are_exact_however_many_are_counted_together(
-    make: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    each_asks, clients, limits = 10, 8, {"small": 25, "large": 55, "ample": 1000}
+def test_limits_are_exact_however_many_are_counted_together(make: Callable[..., Asked]) -> None:
+    limits, random = {"small": 25, "large": 55, "ample": 1000}, Random(3)
     entries = [
         {"name": name, "hash": hashlib.sha256(name.encode()).hexdigest(), "tier": tier}
         for name, tier in limits.items()
     ]
     ask = make(POSITION_MANAGER_API_KEYS=json.dumps(entries))
     ask()
-    together: list[int] = []
-    take = Limiter.take
-
-    def counted(self: Limiter, key: Any, requests: int) -> Any:
-        together.append(requests)
-        return take(self, key, requests)
-
-    monkeypatch.setattr(Limiter, "take", counted)
-    found: dict[str, list[tuple[int, str]]] = {name: [] for name in limits}
-    begin = threading.Barrier(clients * len(limits))
-
-    def run(name: str) -> None:
-        begin.wait()
-        for _ in range(each_asks):
-            response = ask(key=name)
-            found[name].append((response.status_code, response.headers["RateLimit-Remaining"]))
-
-    threads = [threading.Thread(target=run, args=(name,)) for name in limits for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    total = each_asks * clients
+    found: dict[str, list[tuple[int, int]]] = {name: [] for name in limits}
+    total = 0
+    while total < 60 * len(limits):
+        together = []
+        for name in random.choices(list(limits), k=random.randrange(1, 30)):
+            headers = Headers({"X-API-Key": name})
+            asked = ask.short_way.begin(EnvironBuilder(PATH, headers=headers).get_environ())
+            assert asked
+            together.append(asked)
+        ask.short_way.ask(together)
+        for asked in together:
+            answer, window = ask.short_way.answer(asked), asked.window
+            assert isinstance(window, Window)
+            assert bool(answer) == window.passed
+            found[asked.key.name].append((200 if answer else 429, window.remaining))
+        total += len(together)
     for name, limit in limits.items():
-        passed = min(limit, total)
-        assert Counter(status for status, _ in found[name]) == Counter({200: passed, 429: total - passed})
-        # Each as if it had come by itself.
-        remaining = sorted(int(left) for status, left in found[name] if status == 200)
-        assert remaining == list(range(limit - passed, limit))
-        assert {left for status, left in found[name] if status == 429} <= {"0"}
-    assert sum(together) == total * len(limits)
-    assert max(together) > 1
+        passed = min(limit, len(found[name]))
+        # In the order in which they came, each as if it had come by itself.
+        expected = [(200, limit - number) for number in range(1, passed + 1)]
+        assert found[name] == expected + [(429, 0)] * (len(found[name]) - passed)
 
 
 def test_without_redis_it_counts_in_memory_and_answers(
@@ -340,68 +363,73 @@ def test_without_postgresql_it_says_so_and_counts(
     assert (line["status"], line["key_name"]) == (503, "default")
     engine.dispose()
     assert wait_until(lambda: ask().status_code == 200, limit_s=30)
-    assert ask.short().status_code == 200
+    assert ask.connected().short().status_code == 200
 
 
-class Held:
-    """Holds every reading of the version until it may go on."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reached, self.go_on = threading.Semaphore(0), threading.Semaphore(0)
-        read = Versions.__call__
-
-        def held(own: Versions) -> int:
-            self.reached.release()
-            assert self.go_on.acquire(timeout=60)
-            return read(own)
-
-        monkeypatch.setattr(Versions, "__call__", held)
-
-
-@pytest.mark.parametrize("begun", [False, True], ids=["not counted yet", "counted already"])
-def test_who_waits_in_vain_is_counted_once(
-    make: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch, begun: bool
+def test_database_that_is_slow_is_left_to_the_long_way_and_the_request_counts_once(
+    make: Callable[..., Asked], postgres: PostgreSQL
 ) -> None:
     ask = make()
     ask()
     before = int(ask.short().headers["RateLimit-Remaining"])
-    waiting = threading.Semaphore(0)
-    refuse = database.refuse_while_silent
+    found: list[TestResponse] = []
+    thread = threading.Thread(target=lambda: found.append(ask.long()))
+    with postgres.frozen():
+        thread.start()
+        # It is asked, and not waited for.
+        assert wait_until(lambda: ask.through_flask > 1, limit_s=60)
+    thread.join(60)
+    assert found[0].status_code == 200
+    assert int(found[0].headers["RateLimit-Remaining"]) == before - 1
+    # For a while nothing is asked at all, and then the first to come finds the old question answered.
+    assert ask.long().status_code == 200
+    assert wait_until(lambda: not ask.went_through_flask(), limit_s=60)
+    assert int(ask.short().headers["RateLimit-Remaining"]) < before - 2
 
-    def about_to_wait() -> None:
-        refuse()
-        waiting.release()
 
-    found: list[tuple[int, str]] = []
+def test_connection_that_redis_closed_is_opened_again_and_the_request_counts_once(
+    make: Callable[..., Asked], redis_url: str
+) -> None:
+    ask = make()
+    ask()
+    before = int(ask.short().headers["RateLimit-Remaining"])
+    with redis.Redis.from_url(redis_url) as admin:
+        admin.client_kill_filter(_type="normal", skipme=True)
+    assert int(ask.long().headers["RateLimit-Remaining"]) == before - 1
+    assert wait_until(lambda: not ask.went_through_flask(), limit_s=60)
 
-    def run() -> None:
-        response = ask()
-        found.append((response.status_code, response.headers["RateLimit-Remaining"]))
 
-    threads = [threading.Thread(target=run) for _ in range(3 if begun else 2)]
-    with monkeypatch.context() as patch, capture_logs():
-        patch.setattr(shortcut, "refuse_while_silent", about_to_wait)
-        held = Held(patch)
-        threads[0].start()
-        assert held.reached.acquire(timeout=60)
-        patch.setattr(Versions, "WAIT_S", 3.0)
-        for thread in threads[1:]:
-            thread.start()
-        if begun:
-            # One of the two asks for both, and the other one waits for that.
-            for _ in threads:
-                assert waiting.acquire(timeout=60)
-            held.go_on.release()
-            assert held.reached.acquire(timeout=60)
-        assert wait_until(lambda: any(status == 503 for status, _ in found), limit_s=60)
-        held.go_on.release()
-        for thread in threads:
-            thread.join(60)
-    assert Counter(status for status, _ in found) == {200: len(threads) - 1, 503: 1}
-    assert sorted(int(left) for _, left in found) == [
-        before - number for number in range(len(threads), 0, -1)
-    ]
-    assert int(ask().headers["RateLimit-Remaining"]) == before - len(threads) - 1
+def test_frozen_redis_makes_it_wait_once(
+    make: Callable[..., Asked], redis_server: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = make()
+    ask()
+    ask.short()
+    waits: list[object] = []
+    read: Any = redis.Connection.read_response
+
+    def counted(self: redis.Connection, *given: Any, **more: Any) -> Any:
+        try:
+            return read(self, *given, **more)
+        except redis.TimeoutError as error:
+            waits.append(error)
+            raise
+
+    monkeypatch.setattr(redis.Connection, "read_response", counted)
+    with redis_server.frozen(), capture_logs():
+        assert ask.long().status_code == 200
+        assert len(waits) == 1
+        assert ask.long().status_code == 200
+        assert len(waits) == 1
+
+
+def test_client_behind_proxies_is_who_they_say(make: Callable[..., Asked]) -> None:
+    ask = make(POSITION_MANAGER_TRUSTED_PROXIES="1")
+    ask()
+    with capture_logs() as lines:
+        ask.short(headers={"X-Forwarded-For": "192.0.2.1, 192.0.2.2"})
+    [line] = [each for each in lines if each["event"] == "request_served"]
+    assert line["client"] == "192.0.2.2"
 
 
 def test_unforeseen_error_is_answered_and_logged_as_any(
@@ -416,7 +444,7 @@ def test_unforeseen_error_is_answered_and_logged_as_any(
     with monkeypatch.context() as patch, capture_logs() as lines:
         patch.setattr(Limiter, "take", failing)
         response = ask(headers={"X-Trace-Id": "t-500"})
-        made_up = ask()
+        made_up = ask.connected()()
     assert problem(response, 500, "internal_error")["trace_id"] == "t-500"
     assert problem(made_up, 500, "internal_error")["trace_id"] not in {"t-500", ""}
     assert response.headers["X-Content-Type-Options"] == "nosniff"
@@ -427,37 +455,4 @@ def test_unforeseen_error_is_answered_and_logged_as_any(
         "a fault of ours",
     )
     assert (served["event"], served["status"], served["trace_id"]) == ("request_served", 500, "t-500")
-    assert ask.short().status_code == 200
-
-
-def test_what_ends_unforeseen_holds_up_nobody_else(
-    make: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ask = make()
-    ask()
-    waiting, go_on = threading.Event(), threading.Event()
-
-    def interrupted(*_: object) -> None:
-        waiting.set()
-        assert go_on.wait(60)
-        raise KeyboardInterrupt
-
-    statuses: list[int] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Limiter, "take", interrupted)
-
-        def first() -> None:
-            with pytest.raises(KeyboardInterrupt):
-                ask()
-
-        threads = [threading.Thread(target=first)]
-        threads[0].start()
-        assert waiting.wait(60)
-    threads += [threading.Thread(target=lambda: statuses.append(ask().status_code)) for _ in range(4)]
-    for thread in threads[1:]:
-        thread.start()
-    go_on.set()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    assert statuses == [200] * 4
+    assert ask.connected().short().status_code == 200

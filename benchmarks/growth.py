@@ -52,9 +52,9 @@ def _applied(engine: Engine, messages: list[Delivery]) -> None:
 
 
 def measured(
-    machine: Machine, *, positions: int, ledger_rows: int = 0, events: int = 20_000
+    machine: Machine, *, positions: int, traded: int = 500, ledger_rows: int = 0, events: int = 20_000
 ) -> dict[str, float]:
-    """Return the costs with so many positions, of which 500 are traded, and so many older ledger rows."""
+    """Return the costs with so many positions, some of them traded, and so many older ledger rows."""
     with machine.place() as place:
         engine = connect(place.database)
         # None is a new one later.
@@ -69,9 +69,10 @@ def measured(
             connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(
                 "SET statement_timeout = 0; ANALYZE"
             )
-        for batch in batches("executions", 4000, 500, first=positions):
+        for batch in batches("executions", 4000, traded, first=positions):
             _applied(engine, batch)
-        rest = iter(batches("executions", events, 500, first=positions + 4000))
+        later = batches("executions", events, traded, first=positions + 4000)
+        rest = iter(later)
         cpu_ms, _ = _cost(machine, lambda: _applied(engine, next(rest)), events // BATCH - 1)
         now = datetime.now(UTC)
 
@@ -88,12 +89,18 @@ def measured(
         first_ms, again_ms = _portfolio(machine, place, engine)
         engine.dispose()
     return {
+        "positions a batch": statistics.mean(len({_asset(each) for each in batch}) for batch in later),
         "event us": cpu_ms * 1000 / BATCH,
         "single read ms": single_ms,
         "page of 100 ms": page_ms,
         "portfolio ms": again_ms,
         "portfolio, all read ms": first_ms,
     }
+
+
+def _asset(message: Delivery) -> str:
+    found: str = json.loads(message.body)["asset"]
+    return found
 
 
 def _portfolio(machine: Machine, place: Place, engine: Engine) -> tuple[float, float]:

@@ -584,7 +584,7 @@ def _json(value: object) -> object:
 
 def to_json(data: Mapping[str, object]) -> str:
     """Return an object as JSON."""
-    if not any(type(value) is Json for value in data.values()):
+    if Json not in map(type, data.values()):
         return _encode(data)
     members = (
         f"{_encode(name)}:{value.text if type(value) is Json else _encode(value)}"

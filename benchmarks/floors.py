@@ -26,7 +26,7 @@ from positions.storage.database import connect, transaction
 from tests.integration.processes import worker
 from tests.integration.support import EXECUTION_QUEUE, POSITION_QUEUE, RULES, channel_of
 
-BATCH = 2000
+BATCH = 5000
 
 
 def batches(kind: load.Kind, events: int, assets: int, *, first: int = 0) -> list[list[Delivery]]:
@@ -52,7 +52,8 @@ def same_sql(machine: Machine, kind: load.Kind, *, events: int, assets: int) -> 
             with transaction(engine) as connection:
                 apply_events(connection, decoded, [], rules=RULES, now=datetime.now(UTC))
 
-        warm = max(2 * assets, 2000)
+        # So many that no asset is new later: its position's id would be another in the twin.
+        warm = max(20 * assets, 2000)
         for batch in batches(kind, warm, assets):
             applied(batch)
         engine.dispose()

@@ -38,7 +38,7 @@ WORKERS: tuple[Process, ...] = ("worker", "jobs")
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _LONG_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1200, 3600, 86_400)
-_MESSAGES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+_MESSAGES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
 # When a series began: two more of each would tell it, and nothing reads them.
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]

@@ -251,10 +251,10 @@ class Settings(BaseModel):
         description="Comma-separated names of the queues that carry executions and order reports.",
     )
     batch_size: int = Field(
-        2000,
+        5000,
         validation_alias=_env("BATCH_SIZE"),
         ge=1,
-        le=2000,
+        le=10_000,
         description="Messages in one transaction at most: so many only where there is a backlog.",
     )
     batch_wait_ms: int = Field(

@@ -63,7 +63,7 @@ from positions.tasks.frames import read_in_bulk
 log = structlog.get_logger(__name__)
 
 # A batch is also full at this size: it travels through a pipe to the pool in one piece.
-BATCH_BYTES_MAX = 1_000_000
+BATCH_BYTES_MAX = 4_000_000
 # So many messages of a batch that failed travel together, before each goes alone.
 FEW = 32
 PREFETCH_MAX = 65_535  # the protocol's

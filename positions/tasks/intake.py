@@ -36,6 +36,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from logging import Logger
 from typing import Any
 
@@ -58,7 +59,7 @@ from positions.storage.broker import INTAKE_QUEUE, ensure_queue
 from positions.storage.quarantine import digest_of
 from positions.tasks import resources
 from positions.tasks.events import ALONE_ATTEMPTS, TASK_NAME
-from positions.tasks.frames import read_in_bulk
+from positions.tasks.frames import Delivered, Deliveries, read_in_bulk
 
 log = structlog.get_logger(__name__)
 
@@ -272,7 +273,8 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self.settlement = Settlement(channel, multiple=c.connection.transport.driver_type == "amqp")
         if self.settlement.multiple:
             ensure_queue(c.connection, INTAKE_QUEUE)
-            read_in_bulk(c.connection.connection)
+            self._queues = {f"intake.{c.hostname}.{queue}".encode(): queue for queue in self.settings.queues}
+            read_in_bulk(c.connection.connection, Deliveries(channel, self._queues, self._delivered))
 
     def register_with_event_loop(self, c: Any, hub: Any) -> None:
         """Begin to consume."""
@@ -428,15 +430,29 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         properties = dict(message.properties)
         headers = properties.pop("application_headers", None) or getattr(message, "headers", None) or {}
         raw = Delivery(queue, body, headers, _plain(properties), datetime.now(UTC))
-        self.settlement.opened(message.delivery_tag)
-        if message.delivery_info.get("redelivered"):
-            self._received_again(raw, message.delivery_tag)
+        self._collect(
+            self.settlement, raw, message.delivery_tag, again=bool(message.delivery_info.get("redelivered"))
+        )
+
+    def _delivered(self, delivered: Delivered, now: datetime) -> None:
+        """Take one message in as it came in its frames."""
+        if self.settlement is None or self._stopping:
+            return
+        headers, properties = _read_properties(delivered.properties)
+        raw = Delivery(self._queues[delivered.consumer], delivered.body, headers, properties, now)
+        self._collect(self.settlement, raw, delivered.tag, again=delivered.again)
+
+    def _collect(self, settlement: Settlement, raw: Delivery, tag: Any, *, again: bool) -> None:
+        """Put a message into the batch that fills."""
+        settlement.opened(tag)
+        if again:
+            self._received_again(raw, tag)
             return
         if not self._messages:
             self._since = time.monotonic()
-        self._tags.append(message.delivery_tag)
+        self._tags.append(tag)
         self._messages.append(raw)
-        self._bytes += len(body)
+        self._bytes += len(raw.body)
         if self._full():
             self._hand_over()
         if self._messages and not self._timer_set:
@@ -565,6 +581,14 @@ def _reason(failure: BaseException | None) -> str:
     """Return what went wrong in one line."""
     lines = str(failure).splitlines() or [""]
     return f"{type(failure).__name__}: {lines[0][:200]}"
+
+
+@lru_cache(maxsize=64)
+def _read_properties(raw: bytes) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the headers and properties in a content header; most messages of a queue have the same."""
+    properties, _ = serialization.PROPERTY_CLASSES[BASIC_CLASS](raw, 0)
+    headers = properties.pop("application_headers", None) or {}
+    return headers, _plain(properties)
 
 
 def _plain(properties: dict[str, Any]) -> dict[str, Any]:

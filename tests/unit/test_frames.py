@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import struct
+from contextlib import suppress
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ from amqp.transport import TCPTransport
 from hypothesis import given
 from hypothesis import strategies as st
 
-from positions.tasks.frames import Frames, read_in_bulk
+from positions.tasks.frames import Delivered, Deliveries, Frames, read_in_bulk
 
 Frame = tuple[int, int, bytes]
 
@@ -82,6 +84,77 @@ def test_a_frame_that_does_not_end_as_one_is_refused() -> None:
         Frames(transport([wire((1, 1, b"x"))[:-1] + b"\0"])).read()
 
 
+class Channel:
+    """What `Deliveries` needs of an `amqp.Channel`."""
+
+    channel_id = 5
+    is_closing = False
+
+
+def message(
+    body: bytes, *, channel: int = 5, consumer: bytes = b"ours", size: int | None = None
+) -> list[Frame]:
+    """Return the frames in which the broker delivers a message: delivered before, its tag 77, persistent."""
+    method = b"\0\x3c\0\x3c" + bytes([len(consumer)]) + consumer + struct.pack(">QB", 77, 1) + b"\0\x05queue"
+    content = struct.pack(">HHQHB", 60, 0, len(body) if size is None else size, 0x1000, 2)
+    return [(1, channel, method), (2, channel, content), (3, channel, body)]
+
+
+messages = st.one_of(
+    st.binary(max_size=50).map(message),
+    st.builds(message, st.binary(max_size=50), channel=st.integers(1, 9)),
+    st.builds(message, st.binary(max_size=50), consumer=st.sampled_from([b"", b"another"])),
+    # Several frames for a body, or none; other methods, and heartbeats.
+    st.binary(min_size=2, max_size=50).map(
+        lambda body: [*message(body[:1], size=len(body)), (3, 5, body[1:])],
+    ),
+    st.just(message(b"")[:2]),
+    st.builds(lambda kind, payload: [(kind, 5, payload)], st.sampled_from([1, 8]), st.binary(max_size=20)),
+)
+
+
+@given(st.lists(messages), st.data())
+def test_messages_of_ours_are_read_off_their_frames_and_all_others_left(
+    sent: list[list[Frame]], data: st.DataObject
+) -> None:
+    stream = b"".join(wire(frame) for frames in sent for frame in frames)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=20)))
+    pieces = [stream[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    made = connection(transport([each for each in pieces[1:] if each], read_before=pieces[0]))
+    taken: list[Delivered] = []
+    order: list[Any] = []
+
+    def take(delivered: Delivered, _: datetime) -> None:
+        taken.append(delivered)
+        order.append(message(delivered.body))
+
+    def on_inbound_frame(frame: Frame) -> bool:
+        order.append([frame])
+        return True
+
+    made.on_inbound_frame = on_inbound_frame
+    read_in_bulk(made, Deliveries(Channel(), {b"ours"}, take))
+    with suppress(TimeoutError):
+        while True:
+            made.drain_events()
+    assert [frame for frames in order for frame in frames] == [frame for frames in sent for frame in frames]
+    assert {each[:4] for each in taken} <= {(b"ours", 77, True, b"\x10\0\x02")}
+    # Of what was here in one piece none is left to py-amqp.
+    if pieces[0] == stream:
+        ours = [frames for frames in sent if frames == message(frames[-1][2])]
+        assert len(taken) == len(ours)
+
+
+def test_nothing_is_taken_of_a_channel_that_is_being_closed() -> None:
+    made = connection(transport([], read_before=b"".join(map(wire, message(b"body")))))
+    channel = Channel()
+    channel.is_closing = True
+    read_in_bulk(made, Deliveries(channel, {b"ours"}, lambda *_: pytest.fail("taken")))
+    with suppress(TimeoutError):
+        made.drain_events()
+    assert made.seen == message(b"body")
+
+
 def connection(link: Any) -> Any:
     """Return what `read_in_bulk` needs of an `amqp.Connection`: frames of type 1 are whole messages."""
     seen: list[Frame] = []
@@ -98,6 +171,7 @@ def connection(link: Any) -> Any:
         transport=link,
         connected=True,
         seen=seen,
+        bytes_recv=0,
         on_inbound_frame=on_inbound_frame,
         drain_events=drain_events,
     )

@@ -142,6 +142,19 @@ def test_a_report_reads_the_same_in_either_spelling(data: dict[str, Any]) -> Non
     assert only(position(**data)) == EXPECTED
 
 
+@given(st.permutations([*{**CAMEL, **SNAKE}]))
+def test_of_several_spellings_one_counts_wherever_it_stands(names: list[str]) -> None:
+    said = {**dict.fromkeys(CAMEL, "7"), "positionIdx": 0, **SNAKE, "raw": dict.fromkeys(SNAKE, "8")}
+    assert only(position(**{name: said[name] for name in ["raw", *names]})) == EXPECTED
+
+
+@given(st.permutations([("markPrice", "x"), ("size", "y"), ("symbol", "BTC/USDT"), ("timestamp", "z")]))
+def test_of_several_errors_one_is_told_wherever_it_stands(fields: list[tuple[str, str]]) -> None:
+    with pytest.raises(InvalidEvent) as refused:
+        only({"event_type": "position", "data": dict(fields)})
+    assert refused.value.field == "symbol"
+
+
 def test_the_record_stands_under_payload_too() -> None:
     message = position(**CAMEL)
     message["payload"] = message.pop("data")

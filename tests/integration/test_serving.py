@@ -397,6 +397,24 @@ def test_kept_answers_need_no_thread(settings: Settings, database_url: str, tmp_
         assert {slow.answer()[2] for _ in range(count)} == {busy.first[BIG][2]}
 
 
+def test_bug_in_the_main_loop_is_answered_and_logged_as_any(settings: Settings, tmp_path: Path) -> None:
+    one = {"POSITION_MANAGER_WEB_WORKERS": "1"}
+    app = "tests.integration.mistaken_app:create_app()"
+    with served(tmp_path, {**settings, **one}, app=app) as api:
+        with closing(HTTPConnection("127.0.0.1", api.port, timeout=60)) as connection:
+            connection.request("GET", "/health/live?mistaken", headers={"X-Trace-Id": "t-500"})
+            response = connection.getresponse()
+            body = json.loads(response.read())
+            assert (response.status, response.headers["Content-Type"]) == (500, "application/problem+json")
+            assert (body["error_code"], body["trace_id"]) == ("internal_error", "t-500")
+            # The next one on the same connection has nothing of it.
+            connection.request("GET", "/health/live")
+            assert connection.getresponse().status == 200
+        [failed] = [line for line in api.lines if line["event"] == "request_failed"]
+        assert "a fault of ours" in json.dumps(failed)
+        assert len(api.served(trace_id="t-500", status=500)) == 1
+
+
 def test_what_is_not_plain_waits_for_a_thread(settings: Settings, database_url: str, tmp_path: Path) -> None:
     with _busy(settings, database_url, tmp_path) as busy:
         parts, two, last, old, broken = (busy.client() for _ in range(5))

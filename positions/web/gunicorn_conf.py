@@ -111,6 +111,9 @@ _FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 def on_starting(server: Any) -> None:
     """Make the folder of the metrics."""
+    if server.cfg.is_ssl:
+        # The main loop reads what clients send before TLS would be unwrapped.
+        raise SystemExit("TLS is for the proxy in front: leave out --certfile and --keyfile")
     given = os.environ.get(_FOLDER)
     folder = Path(given) if given else metrics.folder_for(_settings.port)
     os.environ[_FOLDER] = metrics.emptied(folder)

@@ -19,6 +19,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import redis
+import structlog
 from flask import Flask
 
 from positions import metrics
@@ -34,6 +35,8 @@ from positions.web.tracing import BEGAN, REFUSED, served, trace_id_of
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
+
+log = structlog.get_logger(__name__)
 
 NAME = "positions.short_way"
 """Of the `ShortWay` among the extensions of an application."""
@@ -112,11 +115,17 @@ class ShortWay:
             return None
         if not self.connected:
             if self._connecting.acquire(blocking=False):
-                threading.Thread(target=self._connect, daemon=True).start()
+                self._connect_aside()
             return None
         if began_at < self._closed_until:
             return None
         return Asked(question, kept.route, key, environ, began_at)
+
+    def _connect_aside(self) -> None:
+        try:
+            threading.Thread(target=self._connect, daemon=True).start()
+        except RuntimeError:  # there can be no more threads now
+            self._connecting.release()
 
     def _connect(self) -> None:
         try:
@@ -126,6 +135,9 @@ class ShortWay:
             self.connected = True
         except (redis.RedisError, Unavailable):
             # The long way says so.
+            time.sleep(AGAIN_S)
+        except Exception:
+            log.exception("short_way_not_connected")
             time.sleep(AGAIN_S)
         finally:
             self._connecting.release()
@@ -140,7 +152,7 @@ class ShortWay:
             if not self._version.begin():
                 return
             if self._limiter:
-                self._count(self._limiter, together)
+                self._count(self._limiter, together, until=began_at + WAIT_S)
             version = self._version.end(WAIT_S)
             for each in together:
                 each.version = version
@@ -154,12 +166,14 @@ class ShortWay:
         if now - began_at > WAIT_S:
             self._closed_until = now + AGAIN_S
 
-    def _count(self, limiter: Limiter, together: Sequence[Asked]) -> None:
+    def _count(self, limiter: Limiter, together: Sequence[Asked], *, until: float) -> None:
         of_key: defaultdict[Key, list[Asked]] = defaultdict(list)
         for each in together:
             of_key[each.key].append(each)
         try:
             for key, requests in of_key.items():
+                if time.perf_counter() > until:
+                    return  # Redis is slow, and the rest is for the long way
                 for each, window in zip(requests, limiter.take(key, len(requests), self._redis), strict=True):
                     each.window = window
         except redis.ConnectionError:

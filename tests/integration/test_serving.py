@@ -600,3 +600,17 @@ def test_broken_file_of_keys_leaves_the_last_good_ones(settings: Settings, tmp_p
         reload()
         assert statuses("mended") == {404}
         assert statuses("good") == {401}
+
+
+def test_tls_of_its_own_is_refused_at_start(settings: Settings) -> None:
+    ended = subprocess.run(
+        [*GUNICORN, "--certfile", "any.pem", APPLICATION],
+        env={**os.environ, **settings},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode != 0
+    assert "TLS is for the proxy in front" in ended.stderr + ended.stdout

@@ -22,6 +22,7 @@ from werkzeug.test import EnvironBuilder, TestResponse
 
 from positions.storage import api_keys
 from positions.storage.database import transaction
+from positions.storage.portfolio import VersionsAside
 from positions.web import BODY_MAX_BYTES, auth, memory, shortcut
 from positions.web.answers import kept
 from positions.web.auth import needs_operate
@@ -456,3 +457,24 @@ def test_unforeseen_error_is_answered_and_logged_as_any(
     )
     assert (served["event"], served["status"], served["trace_id"]) == ("request_served", 500, "t-500")
     assert ask.connected().short().status_code == 200
+
+
+@pytest.mark.parametrize(("of", "name"), [(threading.Thread, "start"), (VersionsAside, "connect")])
+def test_short_way_that_cannot_be_opened_is_tried_again(
+    make: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch, of: type, name: str
+) -> None:
+    ask = make()
+    ask()
+    ask.short_way.connected = False
+    failed = threading.Event()
+
+    def failing(*_: object) -> None:
+        failed.set()
+        raise RuntimeError("not now")
+
+    with monkeypatch.context() as patch, capture_logs() as lines:
+        patch.setattr(of, name, failing)
+        assert ask.went_through_flask()
+        assert failed.wait(60)
+    assert wait_until(lambda: not ask.went_through_flask(), limit_s=60)
+    assert not [each for each in lines if each["event"] == "request_failed"]

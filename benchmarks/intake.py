@@ -22,7 +22,7 @@ from tests.integration.support import (
     channel_of,
 )
 
-PART_OF_A_STOP = 25_000
+PART_OF_A_STOP = 50_000
 """So many messages are published while the worker stands still: longer, and the broker gives it up."""
 
 

@@ -119,6 +119,16 @@ def assert_positions_are_the_fold_of_the_ledger(engine: Engine) -> None:
             assert rows[key][name] == getattr(found, name), (key, name)
 
 
+def stuck(engine: Engine) -> set[int]:
+    """Return the database's processes in which a batch waits, for a lock or a trigger that sleeps."""
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
+            " AND query LIKE '%%INSERT INTO ledger%%' AND wait_event IN ('relation', 'PgSleep')"
+        )
+        return set(found.scalars())
+
+
 def changed(connection: Connection) -> None:
     """Let what was written past the service count as a change, as an UPDATE of any position does."""
     connection.exec_driver_sql("UPDATE positions SET version = version WHERE false")

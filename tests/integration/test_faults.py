@@ -28,6 +28,7 @@ from tests.integration.support import (
     execution,
     executions,
     publish,
+    stuck,
 )
 from tests.integration.test_crash_points import count, outcomes, waiting
 from tests.services import PostgreSQL, RabbitMQ, wait_until
@@ -142,16 +143,6 @@ def test_a_foreign_queue_that_is_deleted_is_consumed_when_it_is_back(
         await_ledger(engine, 200)
         assert running.terminate() == 0
     assert_all_is_applied(engine, queues, 200)
-
-
-def stuck(engine: Engine) -> set[int]:
-    """Return the database's processes in which a batch waits, for a lock or a trigger that sleeps."""
-    with engine.connect() as connection:
-        found = connection.exec_driver_sql(
-            "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
-            " AND query LIKE '%%INSERT INTO ledger%%' AND wait_event IN ('relation', 'PgSleep')"
-        )
-        return set(found.scalars())
 
 
 def test_who_loses_the_broker_again_and_again_blames_no_message_for_it(

@@ -16,7 +16,7 @@ import amqp
 import pytest
 import redis
 from celery import Celery
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, func, select, text
 
 from positions.queries.health import activity
 from positions.storage import broker, migrate
@@ -32,6 +32,7 @@ from tests.integration.support import (
     execution,
     executions,
     publish,
+    stuck,
 )
 from tests.services import PostgreSQL, RabbitMQ, wait_until
 
@@ -156,8 +157,14 @@ def test_a_killed_pool_process_loses_and_doubles_nothing(
     engine: Engine, queues: str, env: dict[str, str], tmp_path: Path
 ) -> None:
     messages = executions(3000)
-    publish(queues, shuffled_with_duplicates(messages))
     with worker(env, tmp_path) as running:
+        with engine.connect() as holder:
+            # So that each of these has a batch under way.
+            holder.execute(text("LOCK TABLE ledger IN EXCLUSIVE MODE"))
+            publish(queues, shuffled_with_duplicates(messages))
+            assert wait_until(lambda: bool(stuck(engine)), limit_s=60)
+            for child in running.children:
+                os.kill(child, signal.SIGKILL)
         for entries in (300, 900, 1800):
             await_ledger(engine, entries)
             for child in running.children[:1]:

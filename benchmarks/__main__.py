@@ -92,7 +92,7 @@ def main() -> None:
             if not rate:
                 rate = intake.measured(machine, "executions", events=given.events, assets=500)["events/s"]
             for share in (0.1, 0.5, 0.9):
-                found = latency.measured(machine, rate=rate * share, probes=100, assets=500)
+                found = latency.measured(machine, rate=rate * share, seconds=20, assets=500)
                 report.add("latency", f"publish to visible at {share:.0%}", [found])
         if "relay" in parts:
             runs = [relay.measured(machine, events=given.events) for _ in range(given.runs)]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from http.client import HTTPConnection
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import amqp
@@ -24,14 +25,15 @@ PROBE = "PROBEUSDT"
 TICK_S = 0.01
 
 
-def _paced(url: str, rate: float, seconds: float, assets: int, first: int) -> None:
-    """Publish ``rate`` executions a second, evenly."""
+def _paced(url: str, begun: Event, *, rate: float, seconds: float, assets: int, first: int) -> None:
+    """Publish ``rate`` executions a second, evenly, from when ``begun`` is set."""
     number = int(rate * seconds)
     bodies = [
         json.dumps(message).encode()
         for _, message in load.messages("executions", number, assets, first=first)
     ]
     with closing(channel_of(url)) as connection, closing(connection.channel()) as channel:
+        begun.set()
         started, done = time.perf_counter(), 0
         while done < number:
             due = min(number, int((time.perf_counter() - started) * rate))
@@ -52,8 +54,8 @@ def _percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
-def measured(machine: Machine, *, rate: float, probes: int, assets: int) -> dict[str, float]:
-    """Return how long probes took to be seen, in ms, with ``rate`` other executions a second."""
+def measured(machine: Machine, *, rate: float, seconds: float, assets: int) -> dict[str, float]:
+    """Return how long probes took to be seen, in ms, with ``rate`` other executions a second meanwhile."""
     with (
         machine.place(rate_limit_default="1000000") as place,
         tempfile.TemporaryDirectory() as folder,
@@ -66,14 +68,20 @@ def measured(machine: Machine, *, rate: float, probes: int, assets: int) -> dict
         warm = 2 * assets
         load.published(place.broker, load.messages("executions", warm, assets))
         await_empty(machine, place)
-        seconds = probes * 0.12 + 3
-        busy = multiprocessing.get_context("spawn").Process(
-            target=_paced, args=(place.broker, rate, seconds, assets, warm)
+        context = multiprocessing.get_context("spawn")
+        begun = context.Event()
+        busy = context.Process(
+            target=_paced,
+            args=(place.broker, begun),
+            kwargs={"rate": rate, "seconds": seconds, "assets": assets, "first": warm},
+            daemon=True,
         )
         busy.start()
-        time.sleep(2)
-        waits = []
-        for number in range(1, probes + 1):
+        begun.wait()
+        time.sleep(2)  # until it goes evenly
+        waits: list[float] = []
+        while busy.is_alive():
+            number = len(waits) + 1
             message = execution(PROBE, "Buy", "1", "100", number=number)
             started = time.perf_counter()
             channel.basic_publish(
@@ -85,9 +93,9 @@ def measured(machine: Machine, *, rate: float, probes: int, assets: int) -> dict
                 time.sleep(0.002)
             waits.append((time.perf_counter() - started) * 1000)
             time.sleep(max(0.0, 0.1 - waits[-1] / 1000))
-        busy.join()
     return {
         "other events/s": rate,
+        "probes": len(waits),
         "p50 ms": _percentile(waits, 0.5),
         "p99 ms": _percentile(waits, 0.99),
         "max ms": max(waits),

@@ -203,16 +203,8 @@ class ByAsset(dict[str, AssetView]):
         return Json(f"{{{','.join(members)}}}")
 
 
-_ADDED = (
-    "exposure",
-    "net_exposure",
-    "unrealized_pnl",
-    "realized_pnl",
-    "realized_gross",
-    "fees_paid",
-    "funding_received",
-    "realized_adjustment",
-)
+REALIZED_PARTS = ("realized_gross", "fees_paid", "funding_received", "realized_adjustment")
+_ADDED = ("exposure", "net_exposure", "unrealized_pnl", "realized_pnl", *REALIZED_PARTS)
 _COUNTED = ("open_count", "long_count", "short_count", "ids")
 _NO_AMOUNTS, _NO_COUNTS = (ZERO,) * len(_ADDED), (0,) * len(_COUNTED)
 
@@ -433,9 +425,6 @@ class SnapshotView:
     it was kept, where an older service took the snapshot."""
     created_at: Time
     """The moment it is of."""
-
-
-REALIZED_PARTS = ("realized_gross", "fees_paid", "funding_received", "realized_adjustment")
 
 
 def snapshot_data(view: PositionView, row: Mapping[Any, Any]) -> dict[str, object]:

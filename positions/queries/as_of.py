@@ -15,17 +15,9 @@ from positions.errors import NotFound
 from positions.messages.outbound import PortfolioSums, PortfolioView, PositionView
 from positions.storage import positions
 from positions.storage.past import Past, gross_exposure, positions_at
+from positions.storage.portfolio import SUMMED
 
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
-_SUMMED = (
-    "size",
-    "unrealized_pnl",
-    "realized_pnl",
-    "realized_gross",
-    "fees_paid",
-    "funding_received",
-    "realized_adjustment",
-)
 
 
 def position_as_of(
@@ -119,7 +111,7 @@ def _sums(asset: str, own: Sequence[Past]) -> Mapping[str, object]:
         )
         if priced
         else None,
-        **{name: total(getattr(each, name) for each in each_figures) for name in _SUMMED},
+        **{name: total(getattr(each, name) for each in each_figures) for name in SUMMED},
         "open_count": len(open_ones),
         "long_count": sum(each.size > 0 for each in each_figures),
         "short_count": sum(each.size < 0 for each in each_figures),

@@ -77,22 +77,21 @@ _HEAD = (
     .columns(column("era"), column("version"), column("horizon"), column("all_ids"), column("written"))
     .cte("head")
 )
+SUMMED = (
+    "size",
+    "unrealized_pnl",
+    "realized_pnl",
+    "realized_gross",
+    "fees_paid",
+    "funding_received",
+    "realized_adjustment",
+)
+"""The columns of positions that an asset has the sums of."""
 _SUMS = select(
     positions.c.asset,
     func.sum(_exposure).label("exposure"),
     func.sum(_net_exposure).label("net_exposure"),
-    *(
-        func.sum(positions.c[name]).label(name)
-        for name in (
-            "size",
-            "unrealized_pnl",
-            "realized_pnl",
-            "realized_gross",
-            "fees_paid",
-            "funding_received",
-            "realized_adjustment",
-        )
-    ),
+    *(func.sum(positions.c[name]).label(name) for name in SUMMED),
     func.count().filter(is_open).label("open_count"),
     func.count().filter(positions.c.size > 0).label("long_count"),
     func.count().filter(positions.c.size < 0).label("short_count"),

@@ -134,12 +134,12 @@ class ShortWay:
             self._version.connect()
             self.connected = True
         except (redis.RedisError, Unavailable):
-            # The long way says so.
-            time.sleep(AGAIN_S)
+            pass  # the long way says so
         except Exception:
             log.exception("short_way_not_connected")
-            time.sleep(AGAIN_S)
         finally:
+            if not self.connected:
+                time.sleep(AGAIN_S)
             self._connecting.release()
 
     def ask(self, together: Sequence[Asked]) -> None:
@@ -223,7 +223,8 @@ class ShortWay:
 
 
 def _said_to_nobody(*_: object) -> Callable[[bytes], object]:
-    raise NotImplementedError
+    # Of an application that answers nothing, and is there for what proxies say of the client.
+    raise AssertionError("nothing is answered here")
 
 
 def _is_plain(environ: Mapping[str, Any]) -> bool:

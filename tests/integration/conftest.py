@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 from uuid import uuid4
 
 import psycopg2
 import pytest
+import redis
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
@@ -42,3 +44,20 @@ def make_app() -> Iterator[Make]:
     """Applications on the servers given, on none where none is given."""
     with applications() as make:
         yield make
+
+
+@pytest.fixture
+def redis_waits(monkeypatch: pytest.MonkeyPatch) -> list[redis.TimeoutError]:
+    """Each wait for Redis that was in vain, as it comes."""
+    waits: list[redis.TimeoutError] = []
+    read: Any = redis.Connection.read_response
+
+    def counted(self: redis.Connection, *given: Any, **more: Any) -> Any:
+        try:
+            return read(self, *given, **more)
+        except redis.TimeoutError as error:
+            waits.append(error)
+            raise
+
+    monkeypatch.setattr(redis.Connection, "read_response", counted)
+    return waits

@@ -356,29 +356,18 @@ def test_frozen_redis_makes_a_request_wait_once_whoever_asks_it(
     database_url: str,
     redis_url: str,
     redis_server: Redis,
-    monkeypatch: pytest.MonkeyPatch,
+    redis_waits: list[redis.TimeoutError],
 ) -> None:
     """For its limit or for what is cached, and not for both."""
     client = make_app(database_url, redis=redis_url).test_client()
-    waits: list[object] = []
-    read: Any = redis.Connection.read_response
-
-    def counted(self: redis.Connection, *given: Any, **more: Any) -> Any:
-        try:
-            return read(self, *given, **more)
-        except redis.TimeoutError as error:
-            waits.append(error)
-            raise
-
-    monkeypatch.setattr(redis.Connection, "read_response", counted)
 
     def wait() -> bool:
         number = next(numbers)
         apply(engine, [execution("BTCUSDT", "Buy", "1", "100", number=number)])
-        del waits[:]
+        del redis_waits[:]
         response = client.get("/api/v1/portfolio", headers={"X-API-Key": KEY})
         assert response.get_json()["by_asset"]["BTCUSDT"]["size"] == str(number)
-        found.append(len(waits))
+        found.append(len(redis_waits))
         return sum(found) >= 3
 
     numbers = itertools.count(1)

@@ -115,7 +115,7 @@ def quarantine() -> None:
 
 
 def _json(value: object) -> str:
-    from positions.messages.outbound import utc_text
+    from positions.domain.times import utc_text
 
     return utc_text(value) if isinstance(value, datetime) else str(value)
 
@@ -260,7 +260,7 @@ def keys_create(
     as_json: bool,
 ) -> None:
     """Create a key and print it: this once, as only its hash is kept."""
-    from positions.messages.outbound import utc_text
+    from positions.domain.times import utc_text
     from positions.storage import api_keys
     from positions.storage.database import transaction
 

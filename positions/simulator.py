@@ -27,7 +27,7 @@ from positions.domain.events import LegName, Mode
 from positions.domain.leg import Fill, FillOrder, Leg
 from positions.domain.numbers import ZERO, exact, plain, quotient, rounded
 from positions.domain.position import LEGS
-from positions.messages.outbound import utc_text
+from positions.domain.times import utc_text
 from positions.settings import Settings
 
 log = structlog.get_logger(__name__)

@@ -15,6 +15,7 @@ from positions.domain.reports import newest
 from positions.domain.values import value_class
 
 HUNDRED = Decimal(100)
+_FLAT = Leg()
 
 
 @value_class(frozen=True, kw_only=True, slots=True)
@@ -46,41 +47,42 @@ class Figures:
 
 def figures(state: State) -> Figures:
     """Return the figures of ``state``. Must run inside :func:`positions.domain.numbers.exact`."""
-    mark = state.mark
-    held = state.held
-    legs = [each.leg for each in held.values()]
+    mark, held = state.mark, state.held
+    unrealized = [_unrealized(state, name, each, mark) for name, each in held.items()]
     if net := held.get(LegName.NET):
-        long, short = (net.leg, Leg()) if net.leg.size > 0 else (Leg(), net.leg)
+        whole, venue_realized = net.leg, net.venue_realized
+        long, short = (whole, _FLAT) if whole.size > 0 else (_FLAT, whole)
+        opened_at, closed_at = whole.opened_at, whole.closed_at
     else:
         long, short = held[LegName.LONG].leg, held[LegName.SHORT].leg
+        venue_realized = held[LegName.LONG].venue_realized + held[LegName.SHORT].venue_realized
+        whole = Leg(
+            gross=long.gross + short.gross, fees=long.fees + short.fees, funding=long.funding + short.funding
+        )
+        opened_at = min((leg.opened_at for leg in (long, short) if leg.opened_at), default=None)
+        closed_at = max((leg.closed_at for leg in (long, short) if leg.closed_at), default=None)
     long_average, short_average = _average(long), _average(short)
-    gross = rounded(sum((leg.gross for leg in legs), ZERO))
-    fees = sum((leg.fees for leg in legs), ZERO)
-    funding = sum((leg.funding for leg in legs), ZERO)
+    gross = rounded(whole.gross)
     # One rounding: fees and funding have 18 decimals already, so the parts sum to the whole exactly.
-    own = rounded(
-        sum((leg.gross for leg in legs), sum((each.venue_realized for each in held.values()), ZERO))
-    )
-    open_since = [leg.opened_at for leg in legs if leg.opened_at]
-    closed = [leg.closed_at for leg in legs if leg.closed_at]
+    own = rounded(whole.gross + venue_realized) if venue_realized else gross
     return Figures(
         size=long.size + short.size,
         average_entry_price=None if long.size and short.size else long_average or short_average,
         current_price=mark.price if mark else None,
         current_price_at=mark.at if mark else None,
         current_price_source=mark.source if mark else None,
-        unrealized_pnl=sum((_unrealized(state, name, each, mark) for name, each in held.items()), ZERO),
-        realized_pnl=own - fees + funding,
+        unrealized_pnl=sum(unrealized, ZERO),
+        realized_pnl=own - whole.fees + whole.funding,
         realized_gross=gross,
-        fees_paid=fees,
-        funding_received=funding,
+        fees_paid=whole.fees,
+        funding_received=whole.funding,
         realized_adjustment=own - gross,
         long_size=long.size,
         short_size=short.size,
         long_avg_price=long_average,
         short_avg_price=short_average,
-        opened_at=min(open_since, default=None),
-        closed_at=None if open_since else max(closed, default=None),
+        opened_at=opened_at,
+        closed_at=None if opened_at else closed_at,
     )
 
 

@@ -41,30 +41,42 @@ def exact() -> AbstractContextManager[Context]:
 
 def proportion(amount: Decimal, part: Decimal, whole: Decimal) -> Decimal:
     """Return ``amount * part / whole``, rounded half-even to `FOLD_SCALE` decimals."""
-    return _ROUNDING.divide(_ROUNDING.multiply(amount, part), whole).quantize(_FOLD_UNIT, context=_ROUNDING)
+    return _ROUNDING.quantize(_ROUNDING.divide(_ROUNDING.multiply(amount, part), whole), _FOLD_UNIT)
 
 
 def quotient(amount: Decimal, by: Decimal) -> Decimal:
     """Return ``amount / by``, rounded half-even to `SCALE` decimals."""
-    return _ROUNDING.divide(amount, by).quantize(_UNIT, context=_ROUNDING)
+    return _ROUNDING.quantize(_ROUNDING.divide(amount, by), _UNIT)
 
 
 def rounded(amount: Decimal) -> Decimal:
     """Return ``amount`` rounded half-even to `SCALE` decimals: the form every figure is stored in."""
-    return amount.quantize(_UNIT, context=_ROUNDING)
+    return _ROUNDING.quantize(amount, _UNIT)
 
 
 def fits(number: Decimal) -> bool:
     """Tell whether ``number`` is finite, below 1e20 and has no digit after the 18th decimal."""
     try:
-        return number.quantize(_UNIT, context=_FITTING).is_finite()
+        return _FITTING.quantize(number, _UNIT).is_finite()
     except (InvalidOperation, Inexact):  # more digits than fit, or such as would be rounded away
         return False
 
 
+def without_padding(number: Decimal) -> Decimal:
+    """Return a number that `fits` without padding zeros, in whatever context; 0 for any zero."""
+    return _FITTING.normalize(number) if number else ZERO
+
+
+def in_units_of(exponent: int, number: Decimal) -> int:
+    """Return a number that `fits` as so many of 10 to the ``exponent``, cut off, in whatever context."""
+    return int(_EXACT.scaleb(number, -exponent))
+
+
 def plain(number: Decimal) -> str:
     """Return ``number`` as digits without exponent or padding zeros (``"0.5"``, never ``"5E-1"``)."""
-    text = format(number, "f")
+    text = str(number)
+    if "E" in text:
+        text = format(number, "f")
     if "." in text:
         text = text.rstrip("0").rstrip(".")
     return "0" if text == "-0" else text

@@ -109,7 +109,7 @@ class State:
     @property
     def mark(self) -> Mark | None:
         """The newest mark price of reports and price API; at the same time, the report's."""
-        report = newest(self.reports, "mark")
+        report = newest(self.reports, "mark") if self.reports else None
         if report is None or report.mark is None:
             return self.api_mark
         if self.api_mark is not None and self.api_mark.at > report.at:
@@ -347,7 +347,7 @@ def _claims(reports: Sequence[Report], *, traded: bool) -> list[Claim]:
     """
     if not reports:
         return []
-    newest_of = Newest(reports, tuple(_STEPS))
+    newest_of = Newest(reports)
     winners = {field: report for field in _STEPS if (report := newest_of.of(field))}
     claims = [Claim(report.at, field, report) for field, report in winners.items()]
     if traded and (size := winners.get("size")):

@@ -1,16 +1,14 @@
 """The newest exchange reports of a leg: last writer wins, field by field, whatever the arrival order."""
 
+from bisect import insort
 from collections.abc import Collection, Iterable, Sequence
-from datetime import datetime
+from operator import attrgetter
 from typing import Literal
 
 from positions.domain.events import Report, TimeSource
 
 Field = Literal["size", "average", "unrealized", "realized", "mark"]
 FIELDS: tuple[Field, ...] = ("size", "average", "unrealized", "realized", "mark")
-
-
-_Ranked = tuple[tuple[int, datetime, str], Report]
 
 
 class Newest:
@@ -21,45 +19,49 @@ class Newest:
     found first and the two are compared by time: any order of arrival gives the same answer.
     """
 
-    def __init__(self, reports: Iterable[Report] = (), fields: Sequence[Field] = FIELDS) -> None:
-        self._fields = fields
-        self._sequenced: dict[Field, _Ranked] = {}
-        self._timed: dict[Field, _Ranked] = {}
+    def __init__(self, reports: Iterable[Report] = ()) -> None:
+        self._sequenced: list[Report] = []
+        self._timed: list[Report] = []
         for report in reports:
-            self.see(report)
+            (self._timed if report.seq is None else self._sequenced).append(report)
+        self._sequenced.sort(key=_sequence)
+        self._timed.sort(key=_time)
 
     def see(self, report: Report) -> bool:
         """Return whether ``report`` decides a field now."""
         if report.seq is None:
-            group, ranked = self._timed, ((-1, report.at, report.id), report)
+            insort(self._timed, report, key=_time)
         else:
-            group, ranked = self._sequenced, ((report.seq, report.at, report.id), report)
-        decides = False
-        for field in self._fields:
-            if getattr(report, field) is None:
-                continue
-            best = group.get(field)
-            if best is None or ranked[0] > best[0]:
-                group[field] = ranked
-                decides = decides or self.of(field) is report
-        return decides
+            insort(self._sequenced, report, key=_sequence)
+        return any(self.of(field) is report for field in FIELDS)
 
     def of(self, field: Field) -> Report | None:
         """Return the report that decides ``field``, or None where no report has it."""
-        sequenced, timed = self._sequenced.get(field), self._timed.get(field)
+        sequenced, timed = _last_with(field, self._sequenced), _last_with(field, self._timed)
         if sequenced is None or timed is None:
-            best = sequenced or timed
-            return best and best[1]
-        return timed[1] if timed[0][1:] > sequenced[0][1:] else sequenced[1]
+            return sequenced or timed
+        return timed if _time(timed) > _time(sequenced) else sequenced
 
     def of_each_group(self) -> set[str]:
         """Return the ids of the newest with a sequence and of the newest without one, of every field."""
-        return {report.id for group in (self._sequenced, self._timed) for _, report in group.values()}
+        groups = (self._sequenced, self._timed)
+        return {found.id for group in groups for field in FIELDS if (found := _last_with(field, group))}
+
+
+_time = attrgetter("at", "id")
+_sequence = attrgetter("seq", "at", "id")
+
+
+def _last_with(field: Field, reports: Sequence[Report]) -> Report | None:
+    for report in reversed(reports):
+        if getattr(report, field) is not None:
+            return report
+    return None
 
 
 def newest(reports: Iterable[Report], field: Field) -> Report | None:
     """Return the report that decides ``field``, or None where no report has it."""
-    return Newest(reports, (field,)).of(field)
+    return Newest(reports).of(field)
 
 
 SIZED_KEPT = 4

@@ -12,10 +12,11 @@ from positions.domain.breaks import Break, BreakKind, Cause, breaks_of
 from positions.domain.events import LegName, PositionKey
 from positions.domain.numbers import ZERO, exact, plain
 from positions.domain.reconciliation import Statement, judge
+from positions.domain.times import utc_text
 from positions.handlers.rebuild_position import Comparison, Differences, compared, repaired
 from positions.handlers.reconcile_position import Reconciled
 from positions.handlers.write_changes import Rules
-from positions.messages.outbound import BreakView, utc_text
+from positions.messages.outbound import BreakView
 from positions.storage import breaks
 from positions.storage.validations import Outcome
 

@@ -5,14 +5,15 @@ strings, times as ISO 8601 UTC ending in Z.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import cache, cached_property
 from hashlib import blake2b
 from json.encoder import encode_basestring_ascii
-from operator import add, sub
+from operator import add, attrgetter, sub
+from types import NoneType
 from typing import Annotated, Any, Self, cast
 
 from pydantic import ConfigDict, WithJsonSchema
@@ -27,6 +28,7 @@ from positions.domain.figures import (
     unrealized_pct,
 )
 from positions.domain.numbers import ZERO, exact, plain
+from positions.domain.times import utc_text
 from positions.domain.values import value_class
 
 # What the documentation of the API is generated from: the types below, and the texts under the fields.
@@ -107,19 +109,8 @@ class PositionView:
             now: the moment the view is taken.
             stale_after: age from which a price is stale.
         """
-        size, price = row["size"], row["current_price"]
-        with exact():
-            gross = position_exposure(row["long_size"] - row["short_size"], price)
-            net = None if gross is None else position_exposure(abs(size), price)
-            return cls(
-                **{name: row[name] for name in STORED},
-                price_is_stale=price is not None and is_stale(row["current_price_at"], now, stale_after),
-                unrealized_pnl_pct=unrealized_pct(
-                    row["unrealized_pnl"], size, row["average_entry_price"], gross
-                ),
-                time_held_minutes=minutes_held(row["opened_at"], now),
-                position_size_norm=size_norm(net, portfolio_exposure),
-            )
+        stored = {name: row[name] for name in STORED}
+        return cls(**stored, **_derived(stored, portfolio_exposure, now, stale_after))
 
     @classmethod
     def of_figures(
@@ -137,24 +128,47 @@ class PositionView:
         stale_after: timedelta,
     ) -> Self:
         """Return the view of freshly computed figures, the same as of the row they are stored in."""
-        row = {
-            **{field.name: getattr(figures, field.name) for field in fields(Figures)},
-            "id": id,
-            "asset": key.asset,
-            "mode": str(key.mode),
-            "version": version,
-            "last_updated": last_updated,
-            "last_snapshot_at": last_snapshot_at,
-            "created_at": created_at,
+        shown = dict(zip(_FIGURES, _figures(figures), strict=True))
+        return cls(
+            **shown,
+            **_derived(shown, portfolio_exposure, now, stale_after),
+            id=id,
+            asset=key.asset,
+            mode=str(key.mode),
+            version=version,
+            last_updated=last_updated,
+            last_snapshot_at=last_snapshot_at,
+            created_at=created_at,
+        )
+
+
+def _derived(
+    shown: Mapping[str, Any], portfolio_exposure: Decimal, now: datetime, stale_after: timedelta
+) -> dict[str, Any]:
+    """Return the fields of a position's view that follow from others at a moment."""
+    size, price = shown["size"], shown["current_price"]
+    with exact():
+        gross = position_exposure(shown["long_size"] - shown["short_size"], price)
+        net = None if gross is None else position_exposure(abs(size), price)
+        return {
+            "price_is_stale": price is not None and is_stale(shown["current_price_at"], now, stale_after),
+            "unrealized_pnl_pct": unrealized_pct(
+                shown["unrealized_pnl"], size, shown["average_entry_price"], gross
+            ),
+            "time_held_minutes": minutes_held(shown["opened_at"], now),
+            "position_size_norm": size_norm(net, portfolio_exposure),
         }
-        return cls.of(row, portfolio_exposure=portfolio_exposure, now=now, stale_after=stale_after)
 
 
 _DERIVED = {"price_is_stale", "unrealized_pnl_pct", "time_held_minutes", "position_size_norm"}
 _FIELDS = tuple(field.name for field in fields(PositionView))
+_fields = attrgetter(*_FIELDS)
 STORED = tuple(name for name in _FIELDS if name not in _DERIVED)
 """The columns that a view shows as they are."""
 
+
+_FIGURES = tuple(field.name for field in fields(Figures) if field.name in STORED)
+_figures = attrgetter(*_FIGURES)
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -550,11 +564,6 @@ def _names(kind: Any) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind))
 
 
-def utc_text(at: datetime) -> str:
-    """Return a time as ISO 8601 in UTC, ending in Z."""
-    return at.astimezone(UTC).isoformat().replace("+00:00", "Z")
-
-
 def _json(value: object) -> object:
     # By exact type, which is quick: an answer has ten thousand values.
     kind = type(value)
@@ -569,6 +578,21 @@ def _json(value: object) -> object:
     if isinstance(value, Mapping):
         return {name: _json(each) for name, each in value.items()}
     return value
+
+
+_TEXTS: Mapping[type, Callable[[Any], str]] = {
+    Decimal: lambda value: f'"{plain(value)}"',
+    datetime: lambda value: f'"{utc_text(value)}"',
+    str: encode_basestring_ascii,
+    bool: lambda value: "true" if value else "false",
+    int: str,
+    NoneType: lambda _: "null",
+}
+
+
+def texts_of(view: PositionView) -> dict[str, str]:
+    """Return each field of a view as JSON: what `object_of` and `to_json` make of it, in half the time."""
+    return {name: _TEXTS[type(value)](value) for name, value in zip(_FIELDS, _fields(view), strict=True)}
 
 
 def to_json(data: Mapping[str, object]) -> str:

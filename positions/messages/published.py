@@ -1,14 +1,16 @@
 """The messages neighbours receive, as contract.md has them."""
 
 from datetime import datetime
+from json.encoder import encode_basestring_ascii
 
+from positions.domain.times import utc_text
 from positions.messages.outbound import (
     PortfolioView,
     PositionView,
     SnapshotView,
     object_of,
+    texts_of,
     to_json,
-    utc_text,
 )
 
 EXCHANGE = "position-manager"
@@ -28,19 +30,13 @@ def position_updated(
     view: PositionView, *, update_source: str, events_covered: int, trace_id: str, now: datetime
 ) -> str:
     """Return the body of a `position_updated` event."""
-    position = object_of(view)
-    return _body(
-        POSITION_UPDATED,
-        trace_id,
-        now,
-        {
-            **position,
-            "position_id": view.id,
-            "avg_price": position["average_entry_price"],
-            "update_source": update_source,
-            "events_covered": events_covered,
-            "position": position,
-        },
+    texts = texts_of(view)
+    members = ",".join([f'"{name}":{text}' for name, text in texts.items()])
+    return (
+        f'{{"event_type":"{POSITION_UPDATED}","trace_id":{encode_basestring_ascii(trace_id)},'
+        f'"timestamp":"{utc_text(now)}",{members},"position_id":{texts["id"]},'
+        f'"avg_price":{texts["average_entry_price"]},"update_source":"{update_source}",'
+        f'"events_covered":{events_covered},"position":{{{members}}}}}'
     )
 
 

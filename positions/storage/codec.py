@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -10,8 +10,9 @@ from positions.domain.events import LegName, PositionKey, Report, TimeSource
 from positions.domain.leg import FillOrder, Leg
 from positions.domain.numbers import ZERO, plain
 from positions.domain.position import Held, Mark, Point, State, Takeover, empty
+from positions.domain.times import utc_text
 
-dumps = json.JSONEncoder(separators=(",", ":")).encode
+dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 """What writes a state's data as text."""
 
 _LEG_AMOUNTS = ("size", "cost", "gross", "fees", "funding", "missing")
@@ -29,12 +30,12 @@ def encode(state: State) -> dict[str, Any]:
     if state.reports:
         data["reports"] = [_report(report) for report in state.reports]
     if state.last:
-        data["last"] = [_time(state.last.at), state.last.seq, state.last.key]
+        data["last"] = [utc_text(state.last.at), state.last.seq, state.last.key]
     if state.since_point:
         data["since_point"] = state.since_point
     if state.api_mark:
         mark = state.api_mark
-        data["api_mark"] = [plain(mark.price), _time(mark.at), mark.source]
+        data["api_mark"] = [plain(mark.price), utc_text(mark.at), mark.source]
     return data
 
 
@@ -81,20 +82,16 @@ def _to_all_held(ledger: Mapping[LegName, Leg], data: dict[str, Any]) -> dict[Le
     return {name: _to_held(held[name], leg) if name in held else Held(leg) for name, leg in ledger.items()}
 
 
-def _time(at: datetime) -> str:
-    return at.astimezone(UTC).isoformat()
-
-
 def _to_time(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
 def _leg(leg: Leg) -> dict[str, str]:
     data = {name: plain(amount) for name in _LEG_AMOUNTS if (amount := getattr(leg, name))}
-    data.update((name, _time(at)) for name in _LEG_TIMES if (at := getattr(leg, name)))
+    data.update((name, utc_text(at)) for name in _LEG_TIMES if (at := getattr(leg, name)))
     # Nearly always the time of the last trade: said only where it is not.
     if leg.certain_at != leg.traded_at:
-        data["certain_at"] = _time(leg.certain_at) if leg.certain_at else ""
+        data["certain_at"] = utc_text(leg.certain_at) if leg.certain_at else ""
     return data
 
 
@@ -122,7 +119,13 @@ def _held(held: Held, folded: Leg) -> dict[str, Any]:
         data["refused"] = held.refused
     if taken := held.takeover:
         average = None if taken.average is None else plain(taken.average)
-        data["takeover"] = [taken.report_id, _time(taken.at), plain(taken.size), average, plain(taken.found)]
+        data["takeover"] = [
+            taken.report_id,
+            utc_text(taken.at),
+            plain(taken.size),
+            average,
+            plain(taken.found),
+        ]
     return data
 
 
@@ -148,7 +151,7 @@ def _to_held(data: dict[str, Any], folded: Leg) -> Held:
 
 
 def _report(report: Report) -> dict[str, Any]:
-    data: dict[str, Any] = {"id": report.id, "leg": report.leg, "at": _time(report.at)}
+    data: dict[str, Any] = {"id": report.id, "leg": report.leg, "at": utc_text(report.at)}
     if report.time_source is not TimeSource.EVENT:
         data["time_source"] = report.time_source
     if not report.sided:

@@ -8,8 +8,9 @@ import structlog
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import SQLAlchemyError
 
+from positions.domain.times import utc_text
 from positions.errors import Unavailable
-from positions.messages.outbound import Time, utc_text
+from positions.messages.outbound import Time
 from positions.queries.health import Activity, activity, require_migrated
 from positions.storage import portfolio
 from positions.storage.database import answered_within, transaction

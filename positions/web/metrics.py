@@ -19,8 +19,9 @@ from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict
 
 from positions import metrics
+from positions.domain.times import utc_text
 from positions.errors import Unavailable
-from positions.messages.outbound import Time, utc_text
+from positions.messages.outbound import Time
 from positions.queries.health import Activity, activity
 from positions.queries.portfolio import portfolio
 from positions.storage import validations

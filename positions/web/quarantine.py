@@ -8,9 +8,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy.exc import DataError
 
+from positions.domain.times import utc_text
 from positions.errors import InvalidEvent
 from positions.handlers.replay_quarantine import replay_quarantine
-from positions.messages.outbound import Time, utc_text
+from positions.messages.outbound import Time
 from positions.storage import quarantine as store
 from positions.storage.database import in_transaction, transaction
 from positions.storage.quarantine import Kept

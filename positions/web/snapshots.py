@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, RootModel
 from pydantic.json_schema import SkipJsonSchema
 
 from positions.domain.events import PositionKey
+from positions.domain.times import utc_text
 from positions.handlers.take_snapshots import take_snapshots
 from positions.messages.outbound import (
     FLAT_SNAPSHOT,
@@ -17,7 +18,6 @@ from positions.messages.outbound import (
     SnapshotView,
     flat_snapshot,
     object_of,
-    utc_text,
 )
 from positions.queries.history import equity_curve, points_max
 from positions.queries.snapshots import snapshots

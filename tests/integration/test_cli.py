@@ -16,8 +16,8 @@ from structlog.testing import capture_logs
 from positions import log_config
 from positions.cli import cli
 from positions.domain.events import Mode, PositionKey
+from positions.domain.times import utc_text
 from positions.errors import NotFound
-from positions.messages.outbound import utc_text
 from positions.settings import load
 from positions.storage import api_keys, quarantine, validations
 from positions.storage.database import transaction

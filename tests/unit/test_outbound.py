@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from positions.domain.events import Mode, PositionKey
 from positions.domain.figures import Figures
+from positions.domain.times import utc_text
 from positions.messages.outbound import (
     PortfolioSums,
     PortfolioView,
     PositionView,
     object_of,
     to_json,
-    utc_text,
 )
 
 NOW = datetime(2025, 1, 15, 10, 0, tzinfo=UTC)

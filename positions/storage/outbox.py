@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from positions.domain.values import value_class
 from positions.storage import arrays
 
-_KINDS = dict.fromkeys(("event_type", "trace_id", "body"), "text")
+_KINDS = {"event_type": "text", "trace_id": "text", "body": "json"}
 _INSERT = f"""
     INSERT INTO outbox (event_type, trace_id, body)
     SELECT v.event_type, v.trace_id, v.body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from decimal import Decimal
 
@@ -34,6 +35,18 @@ def test_every_value_comes_back_as_it_went(
             f"SELECT * FROM {arrays.unnest(KINDS)}", arrays.literals(KINDS, columns)
         ).all()
     assert [tuple(row) for row in found] == given_
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.dictionaries(texts, texts | st.integers() | st.none()) | texts | st.just("\x1e")))
+def test_every_json_document_comes_back_as_it_went(engine: Engine, given_: list[object]) -> None:
+    kinds = {"body": "json", "state": "jsonb"}
+    written = [json.dumps(each) for each in given_]
+    parameters = arrays.literals(kinds, {"body": written, "state": written})
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql(f"SELECT * FROM {arrays.unnest(kinds)}", parameters).all()
+    assert [row[0] for row in found] == written
+    assert [row[1] for row in found] == given_
 
 
 @pytest.mark.parametrize("text", ["1E+3", "-0.000000000000000001", "1E-18"])

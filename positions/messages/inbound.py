@@ -12,10 +12,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
+from functools import lru_cache
 from typing import Any, Final, NamedTuple, NoReturn
 
 from positions.domain.events import Entry, Event, Kind, LegName, Mode, PositionKey, Report, TimeSource
-from positions.domain.numbers import INTEGER_DIGITS, SCALE, ZERO, exact, fits, plain
+from positions.domain.numbers import (
+    INTEGER_DIGITS,
+    SCALE,
+    ZERO,
+    fits,
+    in_units_of,
+    plain,
+    without_padding,
+)
 from positions.domain.values import value_class
 from positions.errors import InvalidEvent
 
@@ -72,9 +81,7 @@ def decode(delivery: Delivery, *, max_bytes: int, now: datetime | None = None) -
     envelope: Record = {}
     try:
         envelope = _parse(delivery.body)
-        # Numbers have up to 38 digits, and Python's usual context rounds to 28, even for a sign.
-        with exact():
-            return _events(envelope, delivery, now or delivery.received_at)
+        return _events(envelope, delivery, now or delivery.received_at)
     except RecursionError:
         raise InvalidEvent("JSON nested too deep") from None
     except InvalidEvent as refused:
@@ -82,6 +89,7 @@ def decode(delivery: Delivery, *, max_bytes: int, now: datetime | None = None) -
         raise
 
 
+# Numbers have up to 38 digits, and Python's usual context rounds to 28: nothing here calculates with them.
 def _events(envelope: Record, delivery: Delivery, now: datetime) -> Decoded:
     kind = envelope.get("event_type") or delivery.headers.get("event_type")
     topic = envelope.get("topic") or delivery.headers.get("topic")
@@ -122,7 +130,8 @@ def _each(envelope: Record, events_of: Callable[[Record, int, str], Iterable[Eve
 
 def trace_id(envelope: Record, headers: Record) -> str:
     """Return the message's trace id, or "" where it has none that is well-formed."""
-    for value in (envelope.get("trace_id"), headers.get("trace_id")):
+    for said in (envelope, headers):
+        value = said.get("trace_id")
         if isinstance(value, str) and 0 < len(value) <= TEXT_MAX and not _has_control(value):
             return value
     return ""
@@ -131,12 +140,15 @@ def trace_id(envelope: Record, headers: Record) -> str:
 class _Source:
     """Where a record comes from: its envelope and delivery, for what the record itself does not say."""
 
+    __slots__ = ("delivery", "envelope", "event_id", "now", "trace_id")
+
     def __init__(self, envelope: Record, delivery: Delivery, now: datetime) -> None:
         self.envelope = envelope
         self.delivery = delivery
         self.now = now
         self.trace_id = trace_id(envelope, delivery.headers)
-        self.event_id: str | None = _read("event_id", _text, envelope.get("event_id") or None)
+        said = envelope.get("event_id")
+        self.event_id: str | None = _read("event_id", _text, said) if said else None
 
     def digest(self, content: Record) -> str:
         """Return the SHA-256 of the canonical form of ``content``."""
@@ -213,44 +225,50 @@ def _pick(records: tuple[Record, ...], names: tuple[str, ...]) -> Any:
     return None
 
 
+# What JSON's numbers and texts are made into; a bool, which Python takes for an int, is none of them.
+_NUMBERS: Final = frozenset((int, str, Decimal))
+
+
 def _amount(value: Any) -> Decimal:
-    if isinstance(value, bool) or not isinstance(value, int | str | Decimal):
+    if type(value) not in _NUMBERS:
         raise ValueError("must be a number")
     try:
         number = Decimal(value)
     except InvalidOperation:
         raise ValueError(f"{_quoted(value)} is not a number") from None
-    if not number.is_finite():
-        raise ValueError(f"{_quoted(value)} is not a finite number")
     if not fits(number):
+        if not number.is_finite():
+            raise ValueError(f"{_quoted(value)} is not a finite number")
         raise ValueError(f"more than {INTEGER_DIGITS} integer digits or {SCALE} decimals")
-    # Without padding zeros, of which the wire may carry any number.
-    return number.normalize() if number else ZERO
+    # The wire may carry any number of padding zeros.
+    return without_padding(number)
 
 
 def _moment(value: Any) -> datetime | None:
     """Return a point in time from ISO 8601 (no zone means UTC) or epoch seconds or milliseconds."""
     if value is None or value == "":
         return None
-    if isinstance(value, datetime):
-        at = value
-    elif isinstance(value, str) and not value.strip().isdigit():
+    if type(value) is str and not value.strip().isdecimal():
         try:
             at = datetime.fromisoformat(value.strip())
         except ValueError:
             raise ValueError(f"{_quoted(value)} is not an ISO 8601 time") from None
-    elif isinstance(value, int | str | Decimal) and not isinstance(value, bool):
+    elif type(value) in _NUMBERS:
         epoch = Decimal(value)
         # Seconds have ten digits until the year 2286, milliseconds thirteen.
         if not epoch >= 0 or epoch.adjusted() > 12 or not fits(epoch):
             raise ValueError("not a point in time")
-        at = _EPOCH + timedelta(microseconds=int(epoch * (1_000_000 if epoch.adjusted() < 11 else 1000)))
+        seconds = epoch.adjusted() < 11
+        at = _EPOCH + timedelta(microseconds=in_units_of(-6 if seconds else -3, epoch))
+    elif isinstance(value, datetime):
+        at = value
     else:
         raise ValueError("must be an ISO 8601 time or epoch milliseconds")
-    try:
-        at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("not a point in time") from None
+    if at.tzinfo is not UTC:
+        try:
+            at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+        except OverflowError:
+            raise ValueError("not a point in time") from None
     if at < _EARLIEST:
         raise ValueError("a time before 2009")
     return at
@@ -262,7 +280,7 @@ def _has_control(text: str) -> bool:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int):
+    if type(value) is not str and type(value) is not int:
         raise ValueError("must be text")
     text = str(value).strip()
     if not text or len(text) > TEXT_MAX or _has_control(text):
@@ -270,8 +288,28 @@ def _text(value: Any) -> str:
     return text
 
 
+def named_asset(body: bytes) -> bytes:
+    """Return what is likely the asset that an undecoded message is about; b"" where that is not plain.
+
+    For putting together what belongs together: nothing that has to be right may depend on it.
+    """
+    for name in (b'"asset"', b'"symbol"'):
+        if (at := body.find(name)) >= 0:
+            begin = body.find(b'"', at + len(name)) + 1
+            return body[begin : body.find(b'"', begin)]
+    return b""
+
+
 def _asset(value: Any) -> str:
-    text = value.strip().upper() if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        raise ValueError(f"{_quoted(value)} is not the symbol of an asset")
+    return _symbol(value)
+
+
+@lru_cache(maxsize=10_000)
+def _symbol(value: str) -> str:
+    # Kept: there are few, and they come again and again.
+    text = value.strip().upper()
     if not _ASSET.fullmatch(text):
         raise ValueError(f"{_quoted(value)} is not the symbol of an asset")
     return text
@@ -347,24 +385,35 @@ class _Names:
 
     def __init__(self, fields: Fields) -> None:
         self.fields = fields
-        self._readers = {field: reader for field, (reader, _) in fields.items()}
-        self._field_of = {name: field for field, (_, spellings) in fields.items() for name in spellings}
+        self._of_name = {
+            name: (field, reader) for field, (reader, spellings) in fields.items() for name in spellings
+        }
 
     def given(self, *records: Record) -> dict[str, Any]:
         """Return what the records say of each field they have, read; the first that cannot be is named."""
-        raw: dict[str, Any] = {}
-        for record in records:
-            for name, value in record.items():
-                field = self._field_of.get(name)
-                if field is None or value is None or value == "":
-                    continue
-                # Said twice: the order of records and spellings counts, not that of the names in a record.
-                raw[field] = _pick(records, self.fields[field][1]) if field in raw else value
-        readers = self._readers
+        found: dict[str, Any] = {}
+        of_name = self._of_name.get
         try:
-            return {field: readers[field](value) for field, value in raw.items()}
+            for record in records:
+                for name, value in record.items():
+                    if value is not None and value != "" and (known := of_name(name)):
+                        field, reader = known
+                        if field in found:
+                            return self._picked(records)
+                        found[field] = reader(value)
         except ValueError:
-            return {field: _read(field, reader, raw.get(field)) for field, reader in readers.items()}
+            return self._picked(records)
+        return found
+
+    def _picked(self, records: tuple[Record, ...]) -> dict[str, Any]:
+        """Return the same where one says a field twice, or cannot be read.
+
+        The order of records and spellings counts, not that of the names in a record.
+        """
+        return {
+            field: _read(field, reader, _pick(records, spellings))
+            for field, (reader, spellings) in self.fields.items()
+        }
 
 
 @dataclass(slots=True)
@@ -475,13 +524,16 @@ def _reports(record: Record, source: _Source, index: int) -> list[Report]:
     ]
 
 
+_SIGN_OF: Final = {LegName.LONG: Decimal(1), LegName.SHORT: Decimal(-1)}
+
+
 def _signed(wire: _Report, leg: LegName) -> Decimal | None:
     """Return the reported size with its sign: by leg in hedge mode, else by side, which sells negative."""
-    if wire.size is None:
-        return None
+    if not wire.size:
+        return wire.size
     if leg is LegName.NET:
-        return wire.size if wire.side is None else abs(wire.size) * wire.side
-    return abs(wire.size) if leg is LegName.LONG else -abs(wire.size)
+        return wire.size if wire.side is None else wire.size.copy_sign(Decimal(wire.side))
+    return wire.size.copy_sign(_SIGN_OF[leg])
 
 
 @dataclass(slots=True)
@@ -602,7 +654,7 @@ def _order_report(kind: str, record: Record, source: _Source) -> Decoded:
         raise InvalidEvent("missing", "order_id")
     at, time_source = source.time(wire.executed_at)
     entry = Entry(
-        key=f"order:{wire.order_id}:{plain(abs(quantity))}",
+        key=f"order:{wire.order_id}:{plain(quantity.copy_abs())}",
         position=wire.key,
         leg=wire.named_leg or (LegName.LONG if quantity > 0 else LegName.SHORT),
         kind=Kind.ORDER_REPORT,
@@ -629,7 +681,7 @@ def _traded(side: int | None, quantity: Decimal | None, field: str) -> Decimal:
         raise InvalidEvent("missing", field)
     if quantity <= 0:
         raise InvalidEvent("must be above 0", field)
-    return quantity * side
+    return quantity if side > 0 else quantity.copy_negate()
 
 
 def _check_price(price: Decimal | None, exec_type: str, field: str = "price") -> None:

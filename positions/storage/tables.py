@@ -99,6 +99,7 @@ ledger = Table(
     UniqueConstraint("key"),
     Index(None, "position_id", "executed_at"),
     Index("ledger_order_id_idx", "order_id", postgresql_where=text("order_id IS NOT NULL")),
+    Index("ledger_order_reports_idx", "order_id", postgresql_where=text("kind = 'order_report'")),
 )
 
 # States of the past to fold on from when a fill comes late: nothing that could not be folded anew.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from sqlalchemy import Engine, text
 from positions.errors import Unavailable
 from positions.storage import migrate
 from positions.storage.database import connect
+from tests.integration.processes import Process, environment
 from tests.integration.support import apply, assert_positions_are_the_fold_of_the_ledger, executions, stored
 from tests.integration.test_migrations import NAMES, OLDER, OLDER_SNAPSHOTS
 from tests.services import wait_until
@@ -130,6 +133,36 @@ def test_a_lock_that_is_never_given_up_is_told(new_empty_database: str, engine: 
                 migrate.upgrade(new_empty_database, sleep=waits.append)
     assert waits == [migrate.WAIT_S]
     migrate.upgrade(new_empty_database)
+
+
+def test_deployments_that_migrate_at_once_take_turns(
+    new_empty_database: str, engine: Engine, tmp_path: Path
+) -> None:
+    env = environment(new_empty_database, "amqp://guest:guest@127.0.0.1:9/", "redis://127.0.0.1:9/0")
+    with engine.connect() as third:
+        third.exec_driver_sql("SELECT pg_advisory_lock(4800001)")
+        third.commit()
+        both = [Process(["positions.cli", "migrate"], env, tmp_path / f"{each}.log") for each in range(2)]
+        time.sleep(3)  # so that both wait for their turn
+        assert not any(each.ended for each in both)
+        third.exec_driver_sql("SELECT pg_advisory_unlock(4800001)")
+    assert [each.wait() for each in both] == [0, 0], [each.log.read_text() for each in both]
+    command.check(migrate.config(new_empty_database))
+
+
+def test_an_index_that_was_not_finished_is_built_anew(new_empty_database: str, engine: Engine) -> None:
+    migrate.upgrade(new_empty_database, "0007")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE INDEX ledger_order_reports_idx ON ledger (order_id)")
+        connection.exec_driver_sql(
+            "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'ledger_order_reports_idx'::regclass"
+        )
+    migrate.upgrade(new_empty_database)
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql(
+            "SELECT indisvalid AND indpred IS NOT NULL FROM pg_index"
+            " WHERE indexrelid = 'ledger_order_reports_idx'::regclass"
+        ).scalar_one()
 
 
 def test_the_older_service_can_go_back_to_work_on_its_tables(new_empty_database: str, engine: Engine) -> None:

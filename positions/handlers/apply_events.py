@@ -13,6 +13,7 @@ from positions.domain.numbers import ZERO, exact
 from positions.domain.orders import changed_fills
 from positions.domain.position import Point, State, advanced, due_point, empty, with_reports
 from positions.domain.reports import Newest
+from positions.errors import ConcurrencyConflict
 from positions.handlers.refold import Late, refold
 from positions.handlers.write_changes import Change, Rules, write_changes
 from positions.storage import ledger, positions, quarantine
@@ -67,8 +68,8 @@ def apply_events(
     keys = {event.position for event in events}
     if not keys:
         return outcome
-    created = positions.create_missing(connection, keys)
-    new_keys = ledger.insert(connection, list(entries.values()))
+    ids, created = positions.identify(connection, keys)
+    new_keys = ledger.insert(connection, list(entries.values()), ids)
     trades = [entry for entry in entries.values() if entry.kind is not Kind.REPORT]
     new = [entry for entry in trades if entry.key in new_keys]
     outcome.counts["duplicate"] += len(trades) - len(new)
@@ -84,7 +85,9 @@ def apply_events(
     positions.remove(connection, created - touched)
     if not touched:
         return outcome
-    stored = positions.lock(connection, touched)
+    stored = positions.lock_to_go_on(connection, touched)
+    if len(stored) < len(touched):
+        raise ConcurrencyConflict("a position that was known is gone")
     with exact():
         changed = _changes(
             connection, stored, new, told, rules=rules, outcome=outcome, patient=patient, source=source

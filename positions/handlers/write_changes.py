@@ -77,7 +77,11 @@ def write_changes(
         return 0
     with exact():
         computed = [figures(change.state) for change in changes]
-    ledger.insert(connection, [entry for change in changes for entry in change.adjustments])
+    ledger.insert(
+        connection,
+        [entry for change in changes for entry in change.adjustments],
+        {change.state.key: change.stored.id for change in changes},
+    )
     fold_points.add(connection, [(change.stored.id, point) for change in changes for point in change.points])
     found_breaks = _keep_breaks(connection, changes, now)
     pairs = list(zip(changes, computed, strict=True))

@@ -28,13 +28,11 @@ _KINDS = {
     "size_after": "numeric",
 }
 _COLUMNS = ", ".join(_KINDS)
-_WITH_KEY = {"asset": "text", "mode": "text", **_KINDS}
+_INSERTED = {"position_id": "uuid", **_KINDS}
 # Sorted by key: two workers that insert the same entries wait for each other in the same order.
 _INSERT = f"""
     INSERT INTO ledger (position_id, {_COLUMNS})
-    SELECT p.id, {", ".join("v." + name for name in _KINDS)}
-    FROM {arrays.unnest(_WITH_KEY)} AS v (asset, mode, {_COLUMNS})
-    JOIN positions p ON p.asset = v.asset AND p.mode = v.mode
+    SELECT v.* FROM {arrays.unnest(_INSERTED)} AS v (position_id, {_COLUMNS})
     ORDER BY v.key
     ON CONFLICT (key) DO NOTHING
     RETURNING key
@@ -93,14 +91,13 @@ FIRST = datetime.min.replace(tzinfo=UTC)
 LAST = datetime.max.replace(tzinfo=UTC)
 
 
-def insert(connection: Connection, entries: Sequence[Entry]) -> set[str]:
-    """Write ``entries``, whose positions must exist, and return the keys of those that were new."""
+def insert(connection: Connection, entries: Sequence[Entry], ids: Mapping[PositionKey, str]) -> set[str]:
+    """Write ``entries`` of the positions with these ``ids``, and return the keys of those that were new."""
     if not entries:
         return set()
-    keys = [entry.position for entry in entries]
     columns: dict[str, Iterable[Any]] = {name: map(attrgetter(name), entries) for name in _KINDS}
-    columns |= {"asset": [key.asset for key in keys], "mode": [key.mode for key in keys]}
-    rows = connection.exec_driver_sql(_INSERT, arrays.literals(_WITH_KEY, columns))
+    columns["position_id"] = [ids[entry.position] for entry in entries]
+    rows = connection.exec_driver_sql(_INSERT, arrays.literals(_INSERTED, columns))
     return set(rows.scalars())
 
 
@@ -109,7 +106,7 @@ def of_reported_orders(connection: Connection, orders: Iterable[str]) -> dict[Po
     wanted = sorted(set(orders))
     if not wanted:
         return {}
-    return _by_position(connection.exec_driver_sql(_OF_ORDERS, {"orders": wanted}))
+    return _by_position(connection.exec_driver_sql(_OF_ORDERS, {"orders": arrays.texts(wanted)}))
 
 
 def after(

@@ -1,11 +1,11 @@
 """Stored positions: locked in key order, written where their version still matches."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine, event
 
 from positions.domain.events import LegName, Mode, PositionKey, Report
 from positions.domain.figures import Figures
@@ -31,6 +31,19 @@ class Stored:
     """Whether an older service wrote the row, and ours has not since."""
 
 
+class Kept(NamedTuple):
+    """A position as a connection wrote it."""
+
+    id: str
+    version: int
+    last_updated: datetime
+    state: State
+
+
+_KEPT = "positions_kept"
+KEPT_MAX = 10_000
+"""So many positions are kept for each connection, those that it wrote last."""
+
 _KEY = {"asset": "text", "mode": "text"}
 _KEYS = f"{arrays.unnest(_KEY)} AS v (asset, mode)"
 _CREATE = f"""
@@ -41,16 +54,30 @@ _CREATE = f"""
     ON CONFLICT (asset, mode) DO NOTHING
     RETURNING asset, mode
 """
+_IDS = f"""
+    SELECT p.asset, p.mode, p.id::text FROM positions p JOIN {_KEYS} ON p.asset = v.asset AND p.mode = v.mode
+"""
 _REMOVE = (
     f"DELETE FROM positions p USING {_KEYS} WHERE p.asset = v.asset AND p.mode = v.mode AND p.version = 0"
 )
 _READ = f"""
-    SELECT p.id::text, p.asset, p.mode, p.version, p.state, p.created_at, p.last_snapshot_at
+    SELECT p.id::text, p.asset, p.mode, p.version, p.state, p.created_at, p.last_snapshot_at,
+        false AS is_known
     FROM positions p JOIN {_KEYS} ON p.asset = v.asset AND p.mode = v.mode
     ORDER BY p.asset, p.mode
 """
 _LOCK = _READ + " FOR NO KEY UPDATE OF p"
 _LOCK_FREE = _LOCK + " SKIP LOCKED"
+_KNOWN = {**_KEY, "version": "integer", "last_updated": "timestamptz"}
+_IS_KNOWN = "p.version = v.version AND p.last_updated = v.last_updated"
+_LOCK_UNKNOWN = f"""
+    SELECT p.id::text, p.asset, p.mode, p.version, CASE WHEN {_IS_KNOWN} THEN NULL ELSE p.state END,
+        p.created_at, p.last_snapshot_at, {_IS_KNOWN} AS is_known
+    FROM positions p JOIN {arrays.unnest(_KNOWN)} AS v ({", ".join(_KNOWN)})
+        ON p.asset = v.asset AND p.mode = v.mode
+    ORDER BY p.asset, p.mode
+    FOR NO KEY UPDATE OF p
+"""
 
 _FIGURES: Mapping[str, str] = {
     "size": "numeric",
@@ -81,9 +108,22 @@ _WRITE = f"""
 """
 
 
-def create_missing(connection: Connection, keys: Iterable[PositionKey]) -> set[PositionKey]:
-    """Make a row, flat and at version 0, for each of ``keys`` that has none; return which were made."""
-    return {PositionKey.of(*row) for row in connection.exec_driver_sql(_CREATE, _arrays(keys))}
+def identify(
+    connection: Connection, keys: Collection[PositionKey]
+) -> tuple[dict[PositionKey, str], set[PositionKey]]:
+    """Return the ids of ``keys``, and for which of them a row was made here: flat, at version 0.
+
+    Those that this connection has written are known: nobody deletes positions, and who did so all the same
+    would have the ledger's foreign key refuse the next entry, and all of them asked for again.
+    """
+    kept = _kept(connection)
+    ids = {key: kept[key].id for key in keys if key in kept}
+    new = set(keys) - ids.keys()
+    if not new:
+        return ids, new
+    made = {PositionKey.of(*row) for row in connection.exec_driver_sql(_CREATE, _arrays(new))}
+    rows = connection.exec_driver_sql(_IDS, _arrays(new))
+    return ids | {PositionKey.of(asset, mode): id_ for asset, mode, id_ in rows}, made
 
 
 def remove(connection: Connection, keys: Iterable[PositionKey]) -> None:
@@ -98,6 +138,24 @@ def lock(connection: Connection, keys: Iterable[PositionKey]) -> dict[PositionKe
     Rows are locked in key order, so that workers whose batches overlap queue up instead of deadlocking.
     """
     return _load(connection, _LOCK, keys)
+
+
+def lock_to_go_on(connection: Connection, keys: Iterable[PositionKey]) -> dict[PositionKey, Stored]:
+    """Return the positions of ``keys``, locked as by `lock`, for events to be folded into them.
+
+    A state that this very connection wrote last, and nobody since, is not read again (decision 0020).
+    """
+    kept = _kept(connection)
+    ordered = sorted(set(keys))
+    known = [kept.get(key) for key in ordered]
+    columns: dict[str, Iterable[Any]] = {
+        "asset": [key.asset for key in ordered],
+        "mode": [key.mode for key in ordered],
+        "version": [each and each.version for each in known],
+        "last_updated": [each and each.last_updated for each in known],
+    }
+    rows = connection.exec_driver_sql(_LOCK_UNKNOWN, arrays.literals(_KNOWN, columns)).all()
+    return _stored(connection, rows, kept)
 
 
 def lock_free(connection: Connection, keys: Iterable[PositionKey]) -> dict[PositionKey, Stored]:
@@ -129,6 +187,26 @@ def write(connection: Connection, changes: Sequence[tuple[Stored, State, Figures
         raise ConcurrencyConflict(
             f"{len(changes) - result.rowcount} of {len(changes)} positions changed meanwhile"
         )
+    if _KEPT in connection.info:
+        kept = _kept(connection)
+        for stored, state, _ in changes:
+            kept.pop(state.key, None)  # so that what was written last is last
+            kept[state.key] = Kept(stored.id, stored.version + 1, now, state)
+        for oldest in list(kept)[: max(0, len(kept) - KEPT_MAX)]:
+            del kept[oldest]
+
+
+def _kept(connection: Connection) -> dict[PositionKey, Kept]:
+    """Return what a connection to the database keeps of the positions it wrote (decision 0020)."""
+    kept: dict[PositionKey, Kept] = connection.info.setdefault(_KEPT, {})
+    return kept
+
+
+@event.listens_for(Engine, "rollback")
+def _forget(connection: Connection) -> None:
+    """Forget it: some of it was not written after all."""
+    if not connection.invalidated:
+        connection.info.pop(_KEPT, None)
 
 
 def figures_of(connection: Connection, id_: str) -> Mapping[str, Any]:
@@ -179,15 +257,21 @@ def _arrays(of: Iterable[PositionKey]) -> dict[str, str]:
 
 
 def _load(connection: Connection, statement: str, keys: Iterable[PositionKey]) -> dict[PositionKey, Stored]:
+    return _stored(connection, connection.exec_driver_sql(statement, _arrays(keys)).all(), {})
+
+
+def _stored(
+    connection: Connection, rows: Iterable[Any], kept: Mapping[PositionKey, Kept]
+) -> dict[PositionKey, Stored]:
     found = {}
-    rows = connection.exec_driver_sql(statement, _arrays(keys)).all()
-    for id_, asset, mode, version, data, created_at, last_snapshot_at in rows:
+    for id_, asset, mode, version, data, created_at, last_snapshot_at, is_known in rows:
         key = PositionKey.of(asset, mode)
-        adopted = data is None and version > 0
+        state = kept[key].state if is_known else None
+        adopted = state is None and data is None and version > 0
         found[key] = Stored(
             id=id_,
             version=version,
-            state=_adopted(connection, key, id_) if adopted else codec.decode(key, data),
+            state=state or (_adopted(connection, key, id_) if adopted else codec.decode(key, data)),
             created_at=created_at,
             last_snapshot_at=last_snapshot_at,
             adopted=adopted,

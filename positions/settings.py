@@ -251,7 +251,7 @@ class Settings(BaseModel):
         description="Comma-separated names of the queues that carry executions and order reports.",
     )
     batch_size: int = Field(
-        5000,
+        2000,
         validation_alias=_env("BATCH_SIZE"),
         ge=1,
         le=10_000,

@@ -60,11 +60,10 @@ from positions.storage.quarantine import digest_of
 from positions.tasks import resources
 from positions.tasks.events import ALONE_ATTEMPTS, TASK_NAME
 from positions.tasks.frames import Delivered, Deliveries, read_in_bulk
+from positions.tasks.lanes import Lanes, fitting
 
 log = structlog.get_logger(__name__)
 
-# A batch is also full at this size: it travels through a pipe to the pool in one piece.
-BATCH_BYTES_MAX = 4_000_000
 # So many messages of a batch that failed travel together, before each goes alone.
 FEW = 32
 PREFETCH_MAX = 65_535  # the protocol's
@@ -120,7 +119,10 @@ class Batch:
         park: str | None = None,
         redelivered: bool = False,
         lonely: bool = False,
+        turns: frozenset[int] = frozenset(),
     ) -> None:
+        self.turns = turns
+        """Those of the lanes that the messages waited in."""
         self.messages, self.tags, self.attempts = messages, tags, attempts
         self.park = park
         self.redelivered, self.lonely = redelivered, lonely
@@ -247,10 +249,11 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         """Forget everything that belongs to a channel: its delivery tags die with it."""
         self.settlement = None
         self._stopping = False
-        self._tags: list[Any] = []
-        self._messages: list[Delivery] = []
-        self._bytes = 0
-        self._since = 0.0
+        self._lanes = Lanes(
+            self._capacity(self._consumer),
+            batch_size=self.settings.batch_size,
+            wait_s=self.settings.batch_wait_ms / 1000,
+        )
         self._timer_set = False
         self._again: list[tuple[Delivery, Any]] = []
         self._ready: deque[Batch] = deque()
@@ -267,9 +270,7 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
             ensure_queue(c.connection, queue)
         channel = c.connection.channel()
         channel.auto_decode = False  # py-amqp would turn bodies into str
-        # Enough for every process of the pool, and one batch more that fills meanwhile.
-        prefetch = self.settings.batch_size * (self._capacity(c) + 1)
-        channel.basic_qos(0, min(prefetch, PREFETCH_MAX), False)
+        channel.basic_qos(0, min(self._lanes.prefetch, PREFETCH_MAX), False)
         self.settlement = Settlement(channel, multiple=c.connection.transport.driver_type == "amqp")
         if self.settlement.multiple:
             ensure_queue(c.connection, INTAKE_QUEUE)
@@ -448,16 +449,9 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         if again:
             self._received_again(raw, tag)
             return
-        if not self._messages:
-            self._since = time.monotonic()
-        self._tags.append(tag)
-        self._messages.append(raw)
-        self._bytes += len(raw.body)
-        if self._full():
+        if self._lanes.put(raw, tag):
             self._hand_over()
-        if self._messages and not self._timer_set:
-            self._timer_set = True
-            self._hub.call_later(self.settings.batch_wait_ms / 1000, self._waited, self.settlement)
+        self._look_again()
 
     def _received_again(self, message: Delivery, tag: Any) -> None:
         """Collect what was delivered before into batches of its own."""
@@ -473,18 +467,22 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         messages, tags = [message for message, _ in self._again], [tag for _, tag in self._again]
         self._again.clear()
         while messages:
-            length, _ = self._fitting(messages)
+            length = fitting(messages, self.settings.batch_size)
             self._ready.append(Batch(self, messages[:length], tags[:length], redelivered=True))
             del messages[:length], tags[:length]
         self._hand_over()
 
-    def _full(self) -> bool:
-        return len(self._messages) >= self.settings.batch_size or self._bytes >= BATCH_BYTES_MAX
+    def _look_again(self) -> None:
+        """Look after a batch's wait whether one is due, if any waits."""
+        if self._lanes and not self._timer_set:
+            self._timer_set = True
+            self._hub.call_later(self.settings.batch_wait_ms / 1000, self._waited, self.settlement)
 
-    def _waited(self, settlement: Settlement) -> None:
+    def _waited(self, settlement: Settlement | None) -> None:
         if settlement is self.settlement:
             self._timer_set = False
             self._hand_over()
+            self._look_again()
 
     def _resume(self, batch: Batch) -> None:
         if batch.settlement is self.settlement:
@@ -495,15 +493,14 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         """Give batches to the pool, one for each of its processes; what comes meanwhile fills the next."""
         capacity = self._capacity(self._consumer)
         while not self._stopping and len(self._in_flight) < capacity:
-            lonely = any(batch.lonely for batch in self._in_flight.values())
-            if self._in_flight and (lonely or (self._ready and self._ready[0].lonely)):
+            begun = self._in_flight.values()
+            lonely = any(batch.lonely for batch in begun)
+            if begun and (lonely or (self._ready and self._ready[0].lonely)):
                 return
             if self._ready:
                 batch = self._ready.popleft()
-            elif self._messages and (
-                self._full() or time.monotonic() - self._since >= self.settings.batch_wait_ms / 1000
-            ):
-                batch = self._cut()
+            elif served := self._lanes.serve(busy={turn for each in begun for turn in each.turns}):
+                batch = Batch(self, served.messages, served.tags, turns=served.turns)
             else:
                 return
             if batch.redelivered and self._forgiven:
@@ -514,23 +511,6 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
             if isinstance(self._consumer.pool, Solo):
                 # It is done already, and its acknowledgement waits for the loop to come round.
                 self._hub.call_later(0.001, lambda: None)
-
-    def _cut(self) -> Batch:
-        """Return the next batch off the buffer."""
-        length, size = self._fitting(self._messages)
-        batch = Batch(self, self._messages[:length], self._tags[:length])
-        del self._messages[:length], self._tags[:length]
-        self._bytes -= size
-        return batch
-
-    def _fitting(self, messages: Sequence[Delivery]) -> tuple[int, int]:
-        """Return how many of ``messages``, from the first, fit into a batch, and their bytes."""
-        size = length = 0
-        for message in messages[: self.settings.batch_size]:
-            if length and size + len(message.body) > BATCH_BYTES_MAX:
-                break
-            size, length = size + len(message.body), length + 1
-        return length, size
 
     def _capacity(self, c: Any) -> int:
         return int(getattr(c.pool, "num_processes", None) or c.controller.concurrency or 1)

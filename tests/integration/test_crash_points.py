@@ -84,7 +84,7 @@ def test_worker_that_dies_at_a_point(
     whole: bool,
 ) -> None:
     crashed = Path(env["CRASH_MARK"])
-    publish(broker_url, [(EXECUTION_QUEUE, each) for each in executions(NUMBER)])
+    publish(broker_url, [(EXECUTION_QUEUE, each) for each in executions(NUMBER, assets=1)])
     env = {**env, "CRASH_AT": point, **({"CRASH_WHOLE": "1"} if whole else {})}
     arguments = ["celery", "-A", APP, "worker"]
     with supervised(Process(arguments, env, tmp_path / "worker.log")) as running:
@@ -107,7 +107,7 @@ def test_worker_that_dies_at_a_point(
 def test_worker_that_dies_after_the_acknowledgement_has_done_its_work(
     engine: Engine, broker_url: str, env: dict[str, str], tmp_path: Path
 ) -> None:
-    publish(broker_url, [(EXECUTION_QUEUE, each) for each in executions(NUMBER)])
+    publish(broker_url, [(EXECUTION_QUEUE, each) for each in executions(NUMBER, assets=1)])
     env["CRASH_AT"] = "after the acknowledgement"
     with supervised(Process(["celery", "-A", APP, "worker"], env, tmp_path / "worker.log")) as running:
         assert wait_until(lambda: running.ended, limit_s=60)

@@ -262,7 +262,7 @@ class Settings(BaseModel):
         validation_alias=_env("BATCH_WAIT_MS"),
         ge=1,
         le=5000,
-        description="Longest time an event waits for its batch to fill.",
+        description="How long an event waits for its batch to fill while a process is free.",
     )
     message_max_bytes: int = Field(
         262_144,

@@ -241,7 +241,7 @@ def _advanced_leg(
     lapsed = any(name.startswith("size") for name in gone)
     if lapsed and not any(claim.field == "size" for claim in new):
         return None
-    same = held.leg is before
+    same = held.leg == before
     carried = replace(held, leg=leg) if same else _carried(held, own)
     return _settled(carried, leg, held.leg, new, policy, basis=basis)
 
@@ -324,7 +324,7 @@ def refolded(
         before = ledger[name]
         ledger[name] = before.fold(fill)
         # Where no report overruled the fills, both are the same leg: folded once.
-        same = held[name].leg is before
+        same = held[name].leg == before
         held[name] = replace(held[name], leg=ledger[name]) if same else _carried(held[name], [fill])
         if number % POINT_EVERY == 0:
             points.append(Point(order=fill.order, ledger=dict(ledger), held=dict(held)))

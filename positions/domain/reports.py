@@ -48,8 +48,9 @@ class Newest:
         return {found.id for group in groups for field in FIELDS if (found := _last_with(field, group))}
 
 
-_time = attrgetter("at", "id")
-_sequence = attrgetter("seq", "at", "id")
+# Both legs of a hedge may be told of in one report.
+_time = attrgetter("at", "id", "leg")
+_sequence = attrgetter("seq", "at", "id", "leg")
 
 
 def _last_with(field: Field, reports: Sequence[Report]) -> Report | None:

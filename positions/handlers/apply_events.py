@@ -69,6 +69,8 @@ def apply_events(
     if not keys:
         return outcome
     ids, created = positions.identify(connection, keys)
+    if len(ids) < len(keys):
+        raise ConcurrencyConflict("a position was deleted meanwhile")
     new_keys = ledger.insert(connection, list(entries.values()), ids)
     trades = [entry for entry in entries.values() if entry.kind is not Kind.REPORT]
     new = [entry for entry in trades if entry.key in new_keys]
@@ -87,7 +89,7 @@ def apply_events(
         return outcome
     stored = positions.lock_to_go_on(connection, touched)
     if len(stored) < len(touched):
-        raise ConcurrencyConflict("a position that was known is gone")
+        raise ConcurrencyConflict("a position that was known has been deleted")
     with exact():
         changed = _changes(
             connection, stored, new, told, rules=rules, outcome=outcome, patient=patient, source=source

@@ -192,7 +192,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 _decoder = json.JSONDecoder(parse_float=Decimal, parse_constant=_refuse_constant)
-_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str).encode
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str, check_circular=False).encode
 
 
 def _inner(envelope: Record) -> Record:
@@ -205,10 +205,14 @@ def _inner(envelope: Record) -> Record:
 
 def _records(envelope: Record) -> list[Record]:
     """Return the records of an envelope: one object, or a list of them."""
-    name = next((name for name in ("data", "payload") if envelope.get(name) not in (None, "")), None)
-    if name is None:
+    for name in ("data", "payload"):
+        inner = envelope.get(name)
+        if inner is not None and inner != "":
+            break
+    else:
         return [envelope]
-    inner = envelope[name]
+    if isinstance(inner, dict):
+        return [inner]
     records = inner if isinstance(inner, list) else [inner]
     if not records or len(records) > RECORDS_MAX or not all(isinstance(each, dict) for each in records):
         raise InvalidEvent(f"must be an object, or a list of 1 to {RECORDS_MAX} objects", name)
@@ -293,26 +297,26 @@ def named_asset(body: bytes) -> bytes:
 
     For putting together what belongs together: nothing that has to be right may depend on it.
     """
-    for name in (b'"asset"', b'"symbol"'):
-        if (at := body.find(name)) >= 0:
-            begin = body.find(b'"', at + len(name)) + 1
-            return body[begin : body.find(b'"', begin)]
-    return b""
+    places = [at + len(name) for name in (b'"asset"', b'"symbol"') if (at := body.find(name)) >= 0]
+    if not places:
+        return b""
+    begin = body.find(b'"', min(places)) + 1
+    return body[begin : body.find(b'"', begin)]
 
 
 def _asset(value: Any) -> str:
-    if not isinstance(value, str):
+    text = value.strip() if isinstance(value, str) else ""
+    symbol = _symbol(text) if len(text) <= TEXT_MAX else None
+    if symbol is None:
         raise ValueError(f"{_quoted(value)} is not the symbol of an asset")
-    return _symbol(value)
+    return symbol
 
 
 @lru_cache(maxsize=10_000)
-def _symbol(value: str) -> str:
+def _symbol(text: str) -> str | None:
     # Kept: there are few, and they come again and again.
-    text = value.strip().upper()
-    if not _ASSET.fullmatch(text):
-        raise ValueError(f"{_quoted(value)} is not the symbol of an asset")
-    return text
+    symbol = text.upper()
+    return symbol if _ASSET.fullmatch(symbol) else None
 
 
 _SIGNS: Final[Mapping[str, int | None]] = {"buy": 1, "sell": -1, "none": None}
@@ -348,6 +352,8 @@ _SIDE_LEGS: Final[Mapping[str, LegName | None]] = {
 
 def _mode(value: Any) -> Mode | LegName:
     """Return the mode, or the leg where the value is a position index (1 long, 2 short)."""
+    if type(value) is str and value in _MODES:
+        return _MODES[value]
     text = str(value).strip().lower()
     if isinstance(value, bool) or text not in _MODES:
         raise ValueError(f"{_quoted(value)} is none of one-way, hedge, 0, 1, 2")

@@ -35,7 +35,7 @@ def position_updated(
     return (
         f'{{"event_type":"{POSITION_UPDATED}","trace_id":{encode_basestring_ascii(trace_id)},'
         f'"timestamp":"{utc_text(now)}",{members},"position_id":{texts["id"]},'
-        f'"avg_price":{texts["average_entry_price"]},"update_source":"{update_source}",'
+        f'"avg_price":{texts["average_entry_price"]},"update_source":{encode_basestring_ascii(update_source)},'
         f'"events_covered":{events_covered},"position":{{{members}}}}}'
     )
 

@@ -156,6 +156,8 @@ def _report(report: Report) -> dict[str, Any]:
         data["time_source"] = report.time_source
     if not report.sided:
         data["sided"] = False
+    if report.trace_id:
+        data["trace_id"] = report.trace_id
     if report.seq is not None:
         data["seq"] = report.seq
     data.update(
@@ -174,5 +176,6 @@ def _to_report(key: PositionKey, data: dict[str, Any]) -> Report:
         time_source=TimeSource(data.get("time_source", TimeSource.EVENT)),
         seq=data.get("seq"),
         sided=data.get("sided", True),
+        trace_id=data.get("trace_id", ""),
         **amounts,
     )

@@ -59,6 +59,7 @@ def connect(
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=5,
+        pool_use_lifo=True,  # the connection that was used last keeps most (decision 0020)
         pool_pre_ping=True,
         pool_recycle=1800,
         hide_parameters=True,  # an error's text goes to logs and to quarantine: no payload in it

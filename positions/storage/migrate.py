@@ -8,7 +8,7 @@ import structlog
 from alembic import command
 from alembic.config import Config
 from psycopg2 import sql
-from psycopg2.errors import LockNotAvailable
+from psycopg2.errors import DeadlockDetected, LockNotAvailable
 from sqlalchemy import NullPool, create_engine
 from sqlalchemy.exc import OperationalError
 
@@ -44,7 +44,8 @@ def upgrade(url: str, revision: str = "head", *, sleep: Callable[[float], None] 
         try:
             return command.upgrade(config(url), revision)
         except OperationalError as error:
-            if not isinstance(error.orig, LockNotAvailable):
+            # An older release waits for its turn in a statement, and a newer one's index for that statement.
+            if not isinstance(error.orig, LockNotAvailable | DeadlockDetected):
                 raise
             log.warning("migration_waits_for_a_lock", attempt=attempt, of=TRIES)
         if attempt < TRIES:

@@ -113,8 +113,9 @@ def identify(
 ) -> tuple[dict[PositionKey, str], set[PositionKey]]:
     """Return the ids of ``keys``, and for which of them a row was made here: flat, at version 0.
 
-    Those that this connection has written are known: nobody deletes positions, and who did so all the same
-    would have the ledger's foreign key refuse the next entry, and all of them asked for again.
+    Those that this connection has written are known: nobody deletes positions. If somebody does by hand, the
+    ledger's foreign key refuses the next entry, or a lock is missing, and all of it begins anew with nothing
+    known.
     """
     kept = _kept(connection)
     ids = {key: kept[key].id for key in keys if key in kept}
@@ -192,8 +193,8 @@ def write(connection: Connection, changes: Sequence[tuple[Stored, State, Figures
         for stored, state, _ in changes:
             kept.pop(state.key, None)  # so that what was written last is last
             kept[state.key] = Kept(stored.id, stored.version + 1, now, state)
-        for oldest in list(kept)[: max(0, len(kept) - KEPT_MAX)]:
-            del kept[oldest]
+        while len(kept) > KEPT_MAX:
+            del kept[next(iter(kept))]
 
 
 def _kept(connection: Connection) -> dict[PositionKey, Kept]:
@@ -203,7 +204,8 @@ def _kept(connection: Connection) -> dict[PositionKey, Kept]:
 
 
 @event.listens_for(Engine, "rollback")
-def _forget(connection: Connection) -> None:
+@event.listens_for(Engine, "rollback_savepoint")
+def _forget(connection: Connection, *_: Any) -> None:
     """Forget it: some of it was not written after all."""
     if not connection.invalidated:
         connection.info.pop(_KEPT, None)

@@ -119,10 +119,10 @@ class Batch:
         park: str | None = None,
         redelivered: bool = False,
         lonely: bool = False,
-        turns: frozenset[int] = frozenset(),
+        turn: int | None = None,
     ) -> None:
-        self.turns = turns
-        """Those of the lanes that the messages waited in."""
+        self.turn = turn
+        """Of the lane that the messages waited in."""
         self.messages, self.tags, self.attempts = messages, tags, attempts
         self.park = park
         self.redelivered, self.lonely = redelivered, lonely
@@ -473,10 +473,10 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         self._hand_over()
 
     def _look_again(self) -> None:
-        """Look after a batch's wait whether one is due, if any waits."""
-        if self._lanes and not self._timer_set:
+        """Look again when the next lane is due."""
+        if not self._timer_set and (wait_s := self._lanes.due_in_s()) is not None:
             self._timer_set = True
-            self._hub.call_later(self.settings.batch_wait_ms / 1000, self._waited, self.settlement)
+            self._hub.call_later(wait_s, self._waited, self.settlement)
 
     def _waited(self, settlement: Settlement | None) -> None:
         if settlement is self.settlement:
@@ -494,13 +494,15 @@ class Intake(bootsteps.StartStopStep):  # type: ignore[misc] # Celery has no typ
         capacity = self._capacity(self._consumer)
         while not self._stopping and len(self._in_flight) < capacity:
             begun = self._in_flight.values()
+            # A pool that has grown since has processes without a turn.
+            busy = {each.turn for each in begun if each.turn is not None and capacity <= self._lanes.turns}
             lonely = any(batch.lonely for batch in begun)
             if begun and (lonely or (self._ready and self._ready[0].lonely)):
                 return
             if self._ready:
                 batch = self._ready.popleft()
-            elif served := self._lanes.serve(busy={turn for each in begun for turn in each.turns}):
-                batch = Batch(self, served.messages, served.tags, turns=served.turns)
+            elif served := self._lanes.serve(busy):
+                batch = Batch(self, served.messages, served.tags, turn=served.turn)
             else:
                 return
             if batch.redelivered and self._forgiven:

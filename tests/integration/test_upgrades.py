@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import OperationalError
 
 from positions.errors import Unavailable
 from positions.storage import migrate
@@ -147,6 +149,42 @@ def test_deployments_that_migrate_at_once_take_turns(
         assert not any(each.ended for each in both)
         third.exec_driver_sql("SELECT pg_advisory_unlock(4800001)")
     assert [each.wait() for each in both] == [0, 0], [each.log.read_text() for each in both]
+    command.check(migrate.config(new_empty_database))
+
+
+def test_an_older_release_that_waits_for_its_turn_in_a_statement_is_no_hindrance(
+    new_empty_database: str, engine: Engine
+) -> None:
+    migrate.upgrade(new_empty_database, "0007")
+    apply(engine, executions(1))
+
+    def older() -> None:
+        # Each waits for the other: PostgreSQL ends one of them, and ours comes again.
+        with engine.connect() as connection, suppress(OperationalError):
+            connection.exec_driver_sql("SELECT pg_advisory_lock(4800001)")
+
+    def waits(statement: str) -> bool:
+        waiting = """
+            SELECT count(*) FROM pg_stat_activity
+            WHERE wait_event_type = 'Lock' AND query LIKE %(query)s AND datname = current_database()
+        """
+        with engine.connect() as connection:
+            return bool(connection.exec_driver_sql(waiting, {"query": f"{statement}%"}).scalar_one())
+
+    threads = [
+        threading.Thread(target=migrate.upgrade, args=[new_empty_database]),
+        threading.Thread(target=older),
+    ]
+    with engine.connect() as writer:
+        writer.exec_driver_sql("UPDATE ledger SET trace_id = 'open'")
+        threads[0].start()
+        assert wait_until(lambda: waits("CREATE INDEX CONCURRENTLY"), limit_s=30)
+        threads[1].start()
+        assert wait_until(lambda: waits("SELECT pg_advisory_lock"), limit_s=30)
+        writer.commit()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
     command.check(migrate.config(new_empty_database))
 
 

@@ -22,9 +22,14 @@ from positions.messages.outbound import (
     object_of,
     to_json,
 )
+from positions.messages.published import position_updated
 
 NOW = datetime(2025, 1, 15, 10, 0, tzinfo=UTC)
 STALE_AFTER = timedelta(seconds=300)
+AMOUNTS = st.decimals(allow_nan=False, allow_infinity=False, places=18, min_value=-(10**19), max_value=10**19)
+TIMES = st.datetimes(timezones=st.sampled_from([UTC, timezone(timedelta(hours=2))])).filter(
+    lambda at: at.year in range(2009, 9999)
+)
 
 
 def _row(**changes: Any) -> dict[str, Any]:
@@ -330,4 +335,50 @@ def test_one_assets_figures_and_the_whole_portfolios_limit() -> None:
 def test_time_is_utc_ending_in_z() -> None:
     assert utc_text(datetime(2025, 1, 15, 12, 0, 0, 5, tzinfo=timezone(timedelta(hours=2)))) == (
         "2025-01-15T10:00:00.000005Z"
+    )
+
+
+@given(
+    st.builds(
+        Figures,
+        **dict.fromkeys(("size", "unrealized_pnl", "realized_pnl", "long_size", "short_size"), AMOUNTS),
+        **dict.fromkeys(("realized_gross", "fees_paid", "funding_received", "realized_adjustment"), AMOUNTS),
+        **dict.fromkeys(("average_entry_price", "long_avg_price", "short_avg_price"), st.none() | AMOUNTS),
+        current_price=st.none() | AMOUNTS,
+        current_price_source=st.none() | st.text(),
+        **dict.fromkeys(("current_price_at", "opened_at", "closed_at"), st.none() | TIMES),
+    ),
+    TIMES,
+    st.text(),
+    st.text(),
+)
+def test_a_position_is_told_as_it_would_be_encoded(
+    figures: Figures, at: datetime, trace_id: str, source: str
+) -> None:
+    view = PositionView.of_figures(
+        figures,
+        id="0b0e7e4c-3c43-4b55-9c5a-0c4a3f1f6a01",
+        key=PositionKey("BTCUSDT", Mode.HEDGE),
+        version=7,
+        last_updated=at,
+        last_snapshot_at=None,
+        created_at=at,
+        portfolio_exposure=Decimal("123.4"),
+        now=at,
+        stale_after=STALE_AFTER,
+    )
+    told = position_updated(view, update_source=source, events_covered=3, trace_id=trace_id, now=at)
+    position = object_of(view)
+    assert told == to_json(
+        {
+            "event_type": "position_updated",
+            "trace_id": trace_id,
+            "timestamp": utc_text(at),
+            **position,
+            "position_id": view.id,
+            "avg_price": position["average_entry_price"],
+            "update_source": source,
+            "events_covered": 3,
+            "position": position,
+        }
     )

@@ -109,6 +109,7 @@ def reports_of(draw: st.DrawFn, key: PositionKey) -> list[Report]:
                 unrealized=draw(st.none() | fees),
                 realized=draw(st.none() | fees),
                 mark=draw(st.none() | prices),
+                trace_id=draw(st.sampled_from(["", "trace"])),
             )
         )
     return made
@@ -117,8 +118,10 @@ def reports_of(draw: st.DrawFn, key: PositionKey) -> list[Report]:
 class Keeper:
     """Applies batches as the service does, with a list in place of the database."""
 
-    def __init__(self, key: PositionKey, policy: Policy | None = None) -> None:
+    def __init__(self, key: PositionKey, policy: Policy | None = None, *, keeps: bool = False) -> None:
         self.policy = policy or POLICY
+        self.keeps = keeps
+        """Whether the next event starts from the very state, as in a worker that wrote it."""
         self.state = empty(key)
         self.ledger: dict[str, Entry] = {}
         self.points: list[Point] = []
@@ -157,7 +160,7 @@ class Keeper:
             for each in self.points
         ]
         # What is stored is what the next event starts from.
-        self.state = codec.decode(state.key, codec.encode(ahead))
+        self.state = ahead if self.keeps else codec.decode(state.key, codec.encode(ahead))
 
 
 def comparable(state: State) -> tuple[Figures, object]:
@@ -216,6 +219,19 @@ def assert_converges(history: History) -> None:
 @given(histories())
 def test_arrival_order_duplicates_and_batches_change_nothing(history: History) -> None:
     assert_converges(history)
+
+
+@settings(max_examples=400)
+@given(histories())
+def test_a_state_that_was_kept_goes_on_as_one_that_was_read(history: History) -> None:
+    key, _, batches = history
+    keeper, reader = Keeper(key, keeps=True), Keeper(key)
+    with exact():
+        for batch in batches:
+            keeper.apply(batch)
+            reader.apply(batch)
+            assert keeper.state == reader.state
+            assert codec.encode(keeper.state) == codec.encode(reader.state)
 
 
 @settings(max_examples=400)

@@ -22,21 +22,23 @@ from benchmarks.intake import await_empty
 from benchmarks.machine import Machine, Place, used_s
 from positions.handlers.apply_events import apply_events
 from positions.messages.inbound import Delivery, decode
+from positions.settings import Settings
 from positions.storage.database import connect, transaction
+from positions.tasks.lanes import Lanes
 from tests.integration.processes import worker
 from tests.integration.support import EXECUTION_QUEUE, POSITION_QUEUE, RULES, channel_of
 
-BATCH = 5000
-
 
 def batches(kind: load.Kind, events: int, assets: int, *, first: int = 0) -> list[list[Delivery]]:
-    """Return the messages as a worker gets them."""
-    now = datetime.now(UTC)
-    messages = [
-        Delivery(queue, json.dumps(message).encode(), {}, {}, now)
-        for queue, message in load.messages(kind, events, assets, first=first)
-    ]
-    return [messages[begin : begin + BATCH] for begin in range(0, len(messages), BATCH)]
+    """Return the batches that a worker of two processes makes of a backlog."""
+    now, settings = datetime.now(UTC), Settings()
+    lanes = Lanes(turns=2, batch_size=settings.batch_size, wait_s=0)
+    for queue, message in load.messages(kind, events, assets, first=first):
+        lanes.put(Delivery(queue, json.dumps(message).encode(), {}, {}, now), None)
+    made = []
+    while served := lanes.serve(()):
+        made.append(served.messages)
+    return made
 
 
 def same_sql(machine: Machine, kind: load.Kind, *, events: int, assets: int) -> dict[str, float]:

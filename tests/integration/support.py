@@ -93,6 +93,15 @@ def apply(engine: Engine, messages: Iterable[dict[str, Any]], retry: Retry | Non
     )
 
 
+def emptied(engine: Engine) -> None:
+    """Empty the tables for the next example of a law; no connection keeps positions that are gone."""
+    with transaction(engine) as connection:
+        connection.exec_driver_sql(
+            "TRUNCATE positions, ledger, outbox, fold_points, breaks, position_snapshots CASCADE"
+        )
+    engine.dispose()
+
+
 def stored(engine: Engine) -> dict[PositionKey, dict[str, Any]]:
     """Return all rows of the positions table."""
     with engine.connect() as connection:

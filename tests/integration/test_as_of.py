@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from positions.domain import position as positions_domain
 from positions.domain.events import Entry, Kind, Mode, PositionKey, Report, TimeSource
@@ -32,7 +32,7 @@ from positions.queries.positions import position
 from positions.storage import ledger
 from positions.storage.database import transaction
 from positions.storage.portfolio import Sums
-from tests.integration.support import RULES, apply, events_of, execution, executions, stored
+from tests.integration.support import RULES, apply, emptied, events_of, execution, executions, stored
 from tests.unit.test_position_laws import KEYS, START, entries_of, reports_of
 
 BTC = PositionKey("BTCUSDT", Mode.ONE_WAY)
@@ -93,12 +93,6 @@ def snapshot(engine: Engine, at: datetime) -> None:
         take_snapshots(connection, None, at=at, stale_after=STALE)
 
 
-def clear(engine: Engine) -> None:
-    with transaction(engine) as connection:
-        tables = "positions, ledger, outbox, fold_points, breaks, position_snapshots"
-        connection.execute(text(f"TRUNCATE {tables} CASCADE"))
-
-
 def at_second(second: float) -> datetime:
     return START + timedelta(seconds=second)
 
@@ -123,7 +117,7 @@ def test_it_is_what_a_database_would_say_that_only_got_the_events_until_then(
     ]
     first = [*(event for event in early if event not in late), *ahead]
     rest = [event for event in events if event not in first]
-    clear(engine)
+    emptied(engine)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(positions_domain, "POINT_EVERY", data.draw(st.integers(1, 4)))
         deliver(engine, data.draw(st.permutations(first)))
@@ -151,7 +145,7 @@ def test_at_the_end_it_is_what_is_stored_also_when_it_is_the_end_no_more(
     events: list[Entry | Report] = [*data.draw(entries_of(key)), *data.draw(reports_of(key))]
     if not events:
         return
-    clear(engine)
+    emptied(engine)
     deliver(engine, data.draw(st.permutations(events)))
     row = stored(engine)[key]
     for at in (max(map(when, events)), NOW):
@@ -367,7 +361,7 @@ def test_every_moment_is_the_plain_fold_of_the_fills_until_then(engine: Engine, 
         )
         for second, id_, quantity, price, fee in fills
     ]
-    clear(engine)
+    emptied(engine)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(positions_domain, "POINT_EVERY", data.draw(st.integers(1, 4)))
         shuffled = data.draw(st.permutations(messages))

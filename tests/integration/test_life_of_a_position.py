@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from positions.domain import position
 from positions.domain.events import Entry, Mode, Report
@@ -22,7 +22,7 @@ from positions.handlers.apply_events import apply_events
 from positions.handlers.rebuild_position import rebuild_position
 from positions.storage import positions as store
 from positions.storage.database import transaction
-from tests.integration.support import RULES, stored
+from tests.integration.support import RULES, emptied, stored
 from tests.unit.test_position_laws import KEYS, entries_of, reports_of
 
 
@@ -47,8 +47,7 @@ def test_a_position_is_right_after_every_event(engine: Engine, monkeypatch: pyte
                 *data.draw(reports_of(self.key)),
             ]
             self.waiting = list(data.draw(st.permutations(events)))
-            with transaction(engine) as connection:
-                connection.execute(text("TRUNCATE positions, ledger, outbox, fold_points, breaks CASCADE"))
+            emptied(engine)
 
         def deliver(self, events: Sequence[Entry | Report], *, crash: bool = False) -> None:
             def work(connection: Any) -> None:

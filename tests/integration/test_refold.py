@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, func, select, text
+from sqlalchemy import Engine, func, select
 
 from positions.domain import position
 from positions.domain.events import Entry, Mode, PositionKey, Report
@@ -28,6 +28,7 @@ from tests.integration.support import (
     RULES,
     apply,
     assert_positions_are_the_fold_of_the_ledger,
+    emptied,
     execution,
     stored,
 )
@@ -102,8 +103,7 @@ def test_any_arrival_order_by_concurrent_writers_ends_the_same(
 ) -> None:
     """The law of convergence through the real database; a writer that crashes tries again."""
     key, events, batches = history
-    with transaction(engine) as connection:
-        connection.execute(text("TRUNCATE positions, ledger, outbox, fold_points, breaks CASCADE"))
+    emptied(engine)
     crashes = {number for number in range(len(batches)) if random.random() < 0.3}
 
     def write(numbered: tuple[int, list[Entry | Report]]) -> None:

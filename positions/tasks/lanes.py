@@ -69,11 +69,15 @@ class Lanes:
         self._batch_size, self._wait_s, self._clock = batch_size, wait_s, clock
 
     def due_in_s(self) -> float | None:
-        """Return after how many seconds the next lane is due; None where none waits for that alone."""
+        """Return after how many seconds to look again; None where no lane waits for time alone.
+
+        That is when the next lane is due, and no later than a message that comes now would be.
+        """
         now = self._clock()
         since = [lane.since for lane in self._lanes if lane.messages]
         waits = (each + wait_s - now for each in since for wait_s in (self._wait_s, PATIENCE_S))
-        return min((wait for wait in waits if wait > 0), default=None)
+        soonest = min((wait for wait in waits if wait > 0), default=None)
+        return None if soonest is None else min(soonest, self._wait_s)
 
     def put(self, message: Delivery, tag: Any) -> bool:
         """Let a message wait; return whether its lane is full."""

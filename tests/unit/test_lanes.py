@@ -14,7 +14,7 @@ from positions.messages.inbound import Delivery, named_asset
 from positions.tasks.lanes import BATCH_BYTES_MAX, LANES, PATIENCE_S, TOGETHER, Lanes, Served
 
 NOW = datetime(2025, 1, 15, 10, tzinfo=UTC)
-WAIT_S = 0.25  # added up without an error
+WAIT_S = 0.125  # added up without an error
 
 
 class Clock:
@@ -151,7 +151,8 @@ def test_a_batch_that_is_slow_holds_up_others_only_for_so_long() -> None:
     assert others is not None
     assert others.turn != slow.turn
     assert waiting.serve({slow.turn}) is None
-    assert waiting.due_in_s() == PATIENCE_S - WAIT_S
+    # It could look again when they are due, but another message may come before that.
+    assert waiting.due_in_s() == WAIT_S < PATIENCE_S - WAIT_S
     clock.now += PATIENCE_S - WAIT_S
     rest = waiting.serve({slow.turn})
     assert rest is not None

@@ -26,6 +26,7 @@ PATIENCE_S = 0.5
 ASSETS_MAX = 10_000
 """Of so many assets it is remembered which lane they are in."""
 NAME_MAX = 40
+"""So many bytes of what is likely its name."""
 
 
 class Served(NamedTuple):

@@ -13,17 +13,16 @@ import redis
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
-from positions.storage.database import connect
 from tests.integration.api import Make, applications
+from tests.integration.support import connected
 from tests.services import PostgreSQL
 
 
 @pytest.fixture
 def engine(database_url: str) -> Iterator[Engine]:
     """Connections to a fresh migrated database, enough for a handful of concurrent writers."""
-    made = connect(database_url, pool_size=8)
-    yield made
-    made.dispose()
+    with connected(database_url, 8) as made:
+        yield made
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any
@@ -22,7 +22,7 @@ from positions.handlers.apply_events import Outcome, apply_events
 from positions.handlers.write_changes import Rules
 from positions.messages.inbound import Delivery, decode
 from positions.storage import ledger
-from positions.storage.database import Retry, in_transaction, transaction
+from positions.storage.database import Retry, connect, in_transaction, transaction
 from positions.storage.tables import positions as positions_table
 
 RULES = Rules(policy=Policy(), price_stale_after=timedelta(seconds=300))
@@ -91,6 +91,16 @@ def apply(engine: Engine, messages: Iterable[dict[str, Any]], retry: Retry | Non
         lambda connection: apply_events(connection, events, [], rules=RULES, now=datetime.now(UTC)),
         retry=retry or Retry(),
     )
+
+
+@contextmanager
+def connected(database_url: str, pool_size: int) -> Iterator[Engine]:
+    """Connections to a database, until the block ends."""
+    engine = connect(database_url, pool_size=pool_size)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
 
 
 def emptied(engine: Engine) -> None:

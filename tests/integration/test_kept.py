@@ -13,11 +13,12 @@ from positions.domain.events import Mode, PositionKey
 from positions.domain.position import State
 from positions.handlers.apply_events import apply_events
 from positions.storage import codec, outbox, positions
-from positions.storage.database import Retry, connect, transaction
+from positions.storage.database import Retry, transaction
 from tests.integration.support import (
     RULES,
     apply,
     assert_positions_are_the_fold_of_the_ledger,
+    connected,
     events_of,
     execution,
     executions,
@@ -30,16 +31,14 @@ BTC = PositionKey("BTCUSDT", Mode.ONE_WAY)
 @pytest.fixture
 def one(database_url: str) -> Iterator[Engine]:
     """One of two workers: it has one connection."""
-    engine = connect(database_url, pool_size=1)
-    yield engine
-    engine.dispose()
+    with connected(database_url, 1) as engine:
+        yield engine
 
 
 @pytest.fixture
 def other(database_url: str) -> Iterator[Engine]:
-    engine = connect(database_url, pool_size=1)
-    yield engine
-    engine.dispose()
+    with connected(database_url, 1) as engine:
+        yield engine
 
 
 def fill(number: int, side: str = "Buy") -> dict[str, Any]:

@@ -158,7 +158,7 @@ def redis_url(request: pytest.FixtureRequest) -> str:
     if not url or "redis_server" in request.fixturenames:
         server: Redis = request.getfixturevalue("redis_server")
         _revive(server)
-        url = server.database_url(next(_serial))
+        url = server.database_url(next(_serial) % server.for_each_test)
     with redis.Redis.from_url(url) as client:
         client.flushdb()
     return url

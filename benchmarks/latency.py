@@ -1,4 +1,8 @@
-"""From publishing an execution until the API shows it, while others come at a steady rate."""
+"""From publishing an execution until the API shows it, while others come at a steady rate.
+
+The rate is a share of the highest that is kept up while the neighbours publish: broker and worker share the
+cores with it, and what lies in the queues before (`benchmarks.intake`) was published in nobody's time.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from http.client import HTTPConnection
+from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +23,7 @@ from amqp.method_framing import frame_writer
 
 from benchmarks import load
 from benchmarks.intake import await_empty
-from benchmarks.machine import Machine
+from benchmarks.machine import Machine, Place
 from tests.integration.api import KEY, served
 from tests.integration.processes import worker
 from tests.integration.support import EXECUTION_QUEUE, channel_of, execution
@@ -28,18 +33,18 @@ TICK_S = 0.01
 LOOK_S = 0.005
 
 
-def _paced(url: str, begun: Event, *, rate: float, seconds: float, assets: int, first: int) -> None:
-    """Publish ``rate`` executions a second, evenly, from when ``begun`` is set."""
+def _paced(url: str, begun: Event, *, rate: float, number: int, assets: int, first: int) -> None:
+    """Publish ``number`` executions, ``rate`` a second, evenly, from when ``begun`` is set."""
     bodies = [
         json.dumps(message).encode()
-        for _, message in load.messages("executions", int(rate * seconds), assets, first=first)
+        for _, message in load.messages("executions", number, assets, first=first)
     ]
     with closing(channel_of(url)) as connection, closing(connection.channel()) as channel:
         frames = _recorded(connection, channel, bodies)
         begun.set()
         started, done = time.perf_counter(), 0
         while done < len(frames):
-            due = int((time.perf_counter() - started) * rate)
+            due = int(min((time.perf_counter() - started) * rate, len(frames)))
             connection.transport.write(b"".join(frames[done:due]))
             done = due
             time.sleep(TICK_S)
@@ -59,6 +64,43 @@ def _recorded(connection: amqp.Connection, channel: amqp.Channel, bodies: Sequen
         channel.basic_publish(amqp.Message(body, delivery_mode=2), routing_key=EXECUTION_QUEUE)
     connection.frame_writer = write
     return frames
+
+
+def _publisher(place: Place, *, rate: float, number: int, assets: int, first: int) -> SpawnProcess:
+    """Return a process that has begun to publish."""
+    context = multiprocessing.get_context("spawn")
+    begun = context.Event()
+    busy = context.Process(
+        target=_paced,
+        args=(place.broker, begun),
+        kwargs={"rate": rate, "number": number, "assets": assets, "first": first},
+        daemon=True,
+    )
+    busy.start()
+    begun.wait()
+    return busy
+
+
+def _warmed(machine: Machine, place: Place, assets: int) -> int:
+    """Have each asset's position known, and return how many executions that took."""
+    warm = load.published(place.broker, load.messages("executions", 2 * assets, assets))
+    await_empty(machine, place)
+    return warm
+
+
+def highest_rate(machine: Machine, *, events: int, assets: int) -> float:
+    """Return how many executions a second are applied while they come as fast as the broker takes them."""
+    with (
+        machine.place() as place,
+        tempfile.TemporaryDirectory() as folder,
+        worker(place.env, Path(folder)),
+    ):
+        first = _warmed(machine, place, assets)
+        busy = _publisher(place, rate=1e9, number=events, assets=assets, first=first)
+        started = time.perf_counter()
+        busy.join()
+        await_empty(machine, place)
+        return events / (time.perf_counter() - started)
 
 
 def _shown(http: HTTPConnection) -> int:
@@ -83,19 +125,8 @@ def measured(machine: Machine, *, rate: float, seconds: float, assets: int) -> d
         closing(channel_of(place.broker)) as connection,
         closing(connection.channel()) as channel,
     ):
-        warm = 2 * assets
-        load.published(place.broker, load.messages("executions", warm, assets))
-        await_empty(machine, place)
-        context = multiprocessing.get_context("spawn")
-        begun = context.Event()
-        busy = context.Process(
-            target=_paced,
-            args=(place.broker, begun),
-            kwargs={"rate": rate, "seconds": seconds, "assets": assets, "first": warm},
-            daemon=True,
-        )
-        busy.start()
-        begun.wait()
+        first = _warmed(machine, place, assets)
+        busy = _publisher(place, rate=rate, number=int(rate * seconds), assets=assets, first=first)
         time.sleep(2)  # until it goes evenly
         waits: list[float] = []
         while busy.is_alive():

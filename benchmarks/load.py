@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from random import Random
 from typing import Any, Literal
+from uuid import UUID
 
 import amqp
 
@@ -57,6 +58,9 @@ def messages(
                     number=each,
                     executed_at=at.isoformat(),
                     execution_fees=f"0.00{random.randint(1, 99)}",
+                    # Random, as the exchange's are: a ledger of many finds no two in one place.
+                    execution_id=str(UUID(int=random.getrandbits(128))),
+                    order_id=str(UUID(int=random.getrandbits(128))),
                 ),
             )
         else:
